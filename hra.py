@@ -3,11 +3,11 @@
 # Cite: Yuan, Liu, Xu, "Bridging the gap between low-rank and orthogonal adaptation", NeurIPS 2024.
 r"""HRA: freeze W, train r vectors u₁…u_r and use W' = W·H₁H₂…H_r with Hᵢ = I − 2·uᵢuᵢᵀ/‖uᵢ‖².
 
-Paper: Yuan, Liu, Xu, "Bridging The Gap between Low-rank and Orthogonal Adaptation via Householder
-Reflection Adaptation", NeurIPS 2024, arXiv:2405.17484v3. Equation numbers are that version's.
+Paper: Yuan, Liu, Xu, NeurIPS 2024, arXiv:2405.17484v3; equation numbers are that version's.
+Training minimises the task's loss + λ·Σ penalty(U), summed over layers; λ = ∞ is `strict`. [Eq. 6]
+Û is U with columns of length 1, Q is U after Gram–Schmidt, σᵢ are W's singular values.
 
 Symbols (rows, columns; torch's weight is (out, in) = (o, d)):
-
   paper     | here        | shape  | meaning
   W         | base.weight | (o, d) | the pre-trained weight, frozen
   U_r       | U           | (d, r) | columns uᵢ, trained; any length but 0
@@ -18,11 +18,11 @@ Symbols (rows, columns; torch's weight is (out, in) = (o, d)):
   U_rᵀ      | pair()[1]   | (r, d) | A of the equal LoRA
 
 Derivation:
-
   1. Hᵢ = I − 2·uᵢuᵢᵀ/‖uᵢ‖² is its own inverse and its own transpose: reflect twice, be back.
   2. H = H₁H₂…H_r is orthogonal, being a product of orthogonal matrices.                    [Eq. 1]
-  3. Let Hᵢ₋ = H₁…Hᵢ₋₁ = I + U Γ Uᵀ. Times Hᵢ it is I + U Γ Uᵀ − (2/‖u‖²)(u + U Γ Uᵀu) uᵀ:
-     U gains the column u, Γ the last column −(2/‖u‖²)·[Γ Uᵀu; 1] and zeros below.       [Eq. 3, 4]
+  3. Let H₁…Hᵢ₋₁ = I + U Γ Uᵀ, U the first i − 1 columns; for i = 1, I. Times Hᵢ, u = uᵢ, that is
+     I + U Γ Uᵀ − (2/‖u‖²)(u + U Γ Uᵀu) uᵀ: U gains the column u, Γ the last column
+     −(2/‖u‖²)·[Γ Uᵀu; 1] and, left of it, a last row of zeros.                        [Eq. 3, 4]
   4. Try Γ = −S⁻¹ with S = ½·diag(UᵀU) + striu(UᵀU), striu = the part above the diagonal. S gains
      the column [Uᵀu; ½‖u‖²], so S⁻¹ gains (2/‖u‖²)·[−S⁻¹Uᵀu; 1], which is step 3's: no recursion.
   5. Replace U by U·D, D diagonal: S becomes D S D, Γ becomes D⁻¹ Γ D⁻¹, and U Γ Uᵀ stays. So no
@@ -32,7 +32,6 @@ Derivation:
   8. Equal neighbours cancel, Hᵢ Hᵢ = I: pairs (u, u, v, v, …) start the chain at H = I.
 
 Claims (a test of each id in tests/test_hra.py):
-
   H1  chain(U) is orthogonal; max|HᵀH − I| ≤ 10·d·eps in fp32 for r ≤ min(d, 512)  [Eq. 1]
   H2  reflect(x, U) = x·chain(U)ᵀ  [Eq. 2]
   H3  gamma(U) is upper triangular and equals Eq. 4's recursion, D⁻¹ Γ_rec(Û) D⁻¹ with D = diag‖uᵢ‖
@@ -42,19 +41,17 @@ Claims (a test of each id in tests/test_hra.py):
   H7  penalty(U) = 0 iff the columns are orthogonal, and then Γ = −2·diag(1/‖uᵢ‖²)  [Eq. 6]
   H8  strict (λ = ∞): H = I − 2QQᵀ, symmetric, trace d − 2r, hence never I; rank(U) < r is refused
   H9  for r ≤ d, ‖W − W H‖_F ≤ 2·√(Σ_{i≤r} σᵢ²), met by W's first r right singular vectors  [App. A]
-  H10  merge() = forward, in O(d·r·(o + r))
+  H10  merge() = forward, in O(d·r·(o + r)) for r ≤ d
   H11  H, the outputs and the penalty do not depend on the lengths ‖uᵢ‖; gradients go with 1/‖uᵢ‖
   H12  gradients are those of the literal chain
 
-Cost: d·r trained numbers per layer (LoRA: (d + o)·r). Forward, beyond the base's 2·N·d·o for N
-rows: 4·N·d·r + 4·d·r² flops. Saved for backward: x and x U, as LoRA saves x and x Aᵀ, and U and U Γ
-where LoRA saves A and B. Where x needs no gradient (a first layer), LoRA's backward skips the base
-and HRA's cannot, as its U sits before W.
+Cost of HRALinear: d·r trained numbers (LoRA: (d + o)·r); 4·N·d·r + 4·d·r² + 4·r³ flops forward for
+N rows, beyond the base's 2·N·d·o. Saved for backward: x and x U, as LoRA saves x and x Aᵀ. Where x
+needs no gradient (a first layer), LoRA's backward skips the base and HRA's cannot: U sits before W.
 
-Differs from the paper: Eq. 2 reflects one vector after the other; here all at once, the same value.
-Its columns have unit length; here any length, which changes the size of a step, not the function.
-The start is drawn as in the authors' code, so that their learning rates carry over. The sum over
-layers in Eq. 6 is the caller's: sum(m.penalty() for m in modules.values()).
+Differs from the paper: all reflections at once where Eq. 2 takes one after the other; columns of
+any length, which changes the size of a step, not the function; a start as in the authors' NLU code,
+whose learning rates then fit. The caller sums Eq. 6: sum(m.penalty() for m in modules.values()).
 
 Differs from the authors' code: it multiplies r dense d×d matrices, leaves the penalty's norm
 unsquared, runs Gram–Schmidt on equal columns (0/0), and in its LLaMA part reflects the output and
@@ -90,6 +87,7 @@ def _rows(U: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor
     """
     A = U.T.to(torch.promote_types(torch.promote_types(U.dtype, dtype), torch.float32)).contiguous()
     s = A.detach().abs().amax(1, keepdim=True) * math.sqrt(len(U))
+    s = s.clamp(max=torch.finfo(s.dtype).max)
     return A / s, s
 
 
@@ -98,7 +96,8 @@ def _gamma(A: Tensor) -> Tensor:
     G = A @ A.T
     S = G.triu() - torch.diag(G.diagonal() / 2)
     I = torch.eye(len(S), dtype=S.dtype, device=S.device)
-    return -torch.linalg.solve_triangular(S, I, upper=True)
+    X = torch.linalg.solve_triangular(S, I, upper=True)
+    return -X - X @ (I - S @ X)  # one Newton step: else near-parallel columns miss H1
 
 
 @_full_precision
@@ -149,7 +148,7 @@ def _plus(X: Tensor, A: Tensor, C: Tensor) -> Tensor:
 def reflect(x: Tensor, U: Tensor) -> Tensor:
     """x Hᵀ, so that reflect(x, U) @ W.T is z = W H x row by row.                         [Eq. 2]
 
-    x (…, d), U (d, r); out (…, d), dtype of x. Not: x H, which is reflect(x, U.flip(1)).
+    x (…, d), U (d, r); out (…, d), dtype of x, or autocast's. Not x H: reflect(x, U.flip(1)).
 
     >>> reflect(torch.tensor([3.0, 5.0]), torch.tensor([[1.0, 2.0], [1.0, 0.0]]))
     tensor([-5.,  3.])
@@ -196,8 +195,9 @@ def _check(U: Tensor, what: str, strict: bool = False) -> None:
     if U.is_meta:
         return
     U = U.detach()
-    if U.dim() != 2 or not U.is_floating_point():
-        raise ValueError(f"{what}: found {U.dtype} of shape {tuple(U.shape)}, want floats (d, r)")
+    if U.dim() != 2 or not U.numel() or not U.is_floating_point():
+        found = f"{U.dtype} of shape {tuple(U.shape)}"
+        raise ValueError(f"{what}: found {found}, want floats (d, r), d and r ≥ 1")
     for i, size in enumerate(U.abs().amax(0).tolist()):
         if not 0 < size < math.inf:
             kind = "zero" if size == 0 else "not finite"
@@ -209,9 +209,7 @@ def _check(U: Tensor, what: str, strict: bool = False) -> None:
 
 
 def _draw(d: int, k: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
-    """(d, k) uniform in ±1/√k, drawn where the generator lives; nothing is drawn on meta."""
-    if device.type == "meta":
-        return torch.empty(d, k, device=device)
+    """(d, k) uniform in ±1/√k, drawn where the generator lives."""
     U = torch.empty(d, k, device=generator.device if generator else device)
     return U.uniform_(-(k**-0.5), k**-0.5, generator=generator).to(device)
 
@@ -322,9 +320,9 @@ class HRALinear(nn.Module):
         return nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
-        """Refuse a U that has no reflections, before anything is copied."""
+        """Refuse a U that has no reflections, before anything of this module is copied."""
         U = state_dict.get(f"{prefix}U")
-        if U is not None and U.shape == self.U.shape:  # another shape is torch's to report
+        if isinstance(U, Tensor) and U.shape == self.U.shape:  # all else is torch's to report
             _check(U.to(self.U.dtype), f"{prefix}U", self.strict)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -359,9 +357,7 @@ class HRAConv2d(HRALinear):
     def _plain(self) -> nn.Module:
         b = self.base
         shape = b.in_channels, b.out_channels, b.kernel_size, b.stride, b.padding, b.dilation
-        return nn.Conv2d(
-            *shape, bias=b.bias is not None, padding_mode=b.padding_mode, device="meta"
-        )
+        return nn.Conv2d(*shape, 1, b.bias is not None, b.padding_mode, "meta")
 
     in_features = property(lambda self: self.base.weight[0].numel(), doc="d = c·k·l.")
     out_features = property(lambda self: self.base.out_channels, doc="o.")
@@ -391,12 +387,16 @@ def _replace(model: nn.Module, targets, kinds, make) -> dict[str, nn.Module]:
 def adapt(model: nn.Module, targets: str | list[str], rank: int = 8, **kw) -> dict[str, HRALinear]:
     """Freeze `model`, put HRA around each Linear and Conv2d whose dotted name ends in a target.
 
-    Returns {name: module}; **kw goes to HRALinear or HRAConv2d. Raises ValueError, with the model
-    as it was, if a target names no layer or a layer cannot be adapted.
+    Adapters already in it are frozen too. Returns {name: module}; **kw goes to HRALinear and
+    HRAConv2d. Raises ValueError, with the model as it was, if a target names no layer or a layer
+    cannot be adapted.
     """
 
     def make(name: str, layer: nn.Module) -> HRALinear:
-        return (HRAConv2d if isinstance(layer, nn.Conv2d) else HRALinear)(layer, rank, **kw)
+        try:
+            return (HRAConv2d if isinstance(layer, nn.Conv2d) else HRALinear)(layer, rank, **kw)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
 
     flags = {p: p.requires_grad for p in model.parameters()}
     try:
@@ -414,7 +414,7 @@ def merge(model: nn.Module) -> nn.Module:
     plain = {m: m.merge() for m in found.values()}
     if model in plain:
         return plain[model]
-    for name, m in found.items():
+    for name, m in reversed(found.items()):  # an adapter inside another one goes first
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, plain[m])
     return model
@@ -424,8 +424,9 @@ def from_peft(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """{name: U (d, r)} from the tensors of an adapter that PEFT saved; apply_GS is not among them.
 
     modules = adapt(model, [*Us], r, init="random", strict=apply_GS), then, for each of them,
-    modules[name].load_state_dict({"U": U}, strict=False). Raises ValueError on any other key
-    (a trained bias, a module saved whole) and on a column that is zero or not finite.
+    modules[name].load_state_dict({"U": Us[name]}, strict=False); a KeyError there says that the
+    end of one layer's name is another's. Raises ValueError on any other key (a trained bias, say)
+    and on a column that is zero or not finite.
 
     >>> from_peft({"base_model.model.encoder.q.hra_u": torch.ones(1, 2)})
     {'encoder.q': tensor([[1., 1.]])}

@@ -100,8 +100,10 @@ def test_H1_the_chain_is_orthogonal(d, r, seed, dtype):
     if d < 500:
         H = chain(U).double()  # r products of d terms: 10·(d + r)·eps
         close(H.T @ H, eye(d), 10 * (d + r) * eps(dtype))
-    H = H_of(U).double()
-    close(H.T @ H, eye(d), 10 * max(d, r) * eps(dtype))
+    near = normal(seed, d, 1).sign() + 1e-3 * normal(seed + 1, d, r)  # almost parallel columns
+    for columns in (U, near.to(dtype)):
+        H = H_of(columns).double()
+        close(H.T @ H, eye(d), 10 * max(d, r) * eps(dtype))
 
 
 @given(D, R, SEEDS, WIDE, st.sampled_from([(), (0,), (1,), (5,), (2, 3), (2, 0, 3)]))
@@ -251,7 +253,7 @@ def test_H10_merge_is_forward(d, o, r, seed, dtype):
     before = copy.deepcopy(m.base.state_dict())
     with FlopCounterMode(display=False) as flops:
         plain = m.merge()
-    assert flops.get_total_flops() <= 4 * d * r * (o + r)
+    assert flops.get_total_flops() <= 4 * d * r * (o + r) + 4 * r**3
     assert type(plain) is nn.Linear and plain.weight.dtype == dtype and not plain.training
     close(plain(x), m(x), 400 * (d + r) * eps(dtype))
     exact = m.base.weight.double() @ chain(
