@@ -95,12 +95,15 @@ def put(module, U):
 @example(512, 512, 2, F32)
 @example(1024, 1, 3, F32)
 @example(24, 24, 4, F32)
+@example(64, 64, 27, F32)
+@example(64, 64, 5, F32)
 def test_H1_the_chain_is_orthogonal(d, r, seed, dtype):
     U = spread(seed, d, r, dtype)
     if d < 500:
         H = chain(U).double()  # r products of d terms: 10·(d + r)·eps
         close(H.T @ H, eye(d), 10 * (d + r) * eps(dtype))
-    near = normal(seed, d, 1).sign() + 1e-3 * normal(seed + 1, d, r)  # almost parallel columns
+    near = normal(seed, d, 1) * normal(seed + 1, r).sign()  # almost parallel columns
+    near += 1e-3 * normal(seed + 2, d, r)
     for columns in (U, near.to(dtype)):
         H = H_of(columns).double()
         close(H.T @ H, eye(d), 10 * max(d, r) * eps(dtype))
