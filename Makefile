@@ -1,6 +1,6 @@
 # make demo   recycle LoRA adapters on real digits: table, JSON and figure under runs/
-# make test   every test but the slow ones      make slow   the slow ones
-# make lint   ruff
+# make test   every test but the slow ones      make slow      the slow ones
+# make lint   ruff                              make mutants   do the tests see broken code?
 
 PYTHON ?= python3
 # The release the committed numbers were measured with. `make TORCH=torch test` takes the newest.
@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test slow lint clean
+.PHONY: demo test slow lint mutants clean
 
 demo: .venv/installed
 	$(BIN)/python train_vit.py
@@ -18,6 +18,9 @@ test: .venv/installed
 
 slow: .venv/installed
 	$(BIN)/python -m pytest -q -m slow
+
+mutants: .venv/installed
+	$(BIN)/python -m tests.mutants
 
 lint: .venv/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

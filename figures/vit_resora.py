@@ -1,0 +1,71 @@
+"""Draw vit_resora.png from vit_resora.json: what ReSoRA's second stage does, beside its controls.
+
+python figures/vit_resora.py [JSON]
+The JSON is written by train_vit.py --table resora --out figures/vit_resora.json.
+"""
+
+import statistics
+import sys
+from pathlib import Path
+
+import common
+
+RANKS = (2, 4, 8)
+
+
+def scores(data: dict, row: str) -> dict[tuple, float]:
+    """{(task, seed): test accuracy} of a row."""
+    return {(r["task"], r["seed"]): r["test"] for r in data["runs"] if r["row"] == row}
+
+
+def redundancy(data: dict, row: str):
+    """Squared correlations of the codes (layers, r, r), mean over tasks and seeds."""
+    import numpy as np
+
+    runs = [r["correlations"] for r in data["runs"] if r["row"] == row]
+    return np.mean([list(layers.values()) for layers in runs], axis=0)
+
+
+def draw(source: str | Path) -> Path:
+    """Draw the figure beside its JSON; returns the path of the PNG."""
+    data = common.read_json(source)
+    plt = common.plotting()
+    figure = plt.figure(figsize=(11, 8), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=(3, 2))
+    panels = top.subplots(1, len(RANKS), sharex=True)
+    for axes, rank in zip(panels, RANKS, strict=True):
+        names = [r["row"] for r in data["rows"] if r["row"].startswith(f"r={rank}, ")]
+        control = scores(data, f"r={rank}, λ=0")
+        names = [n for n in names if not n.endswith(("stage 1", "λ=0"))]
+        for i, name in enumerate(names):
+            mine = scores(data, name)
+            low, high = common.bootstrap([mine[key] - control[key] for key in control])
+            mean = statistics.fmean(mine[key] - control[key] for key in control)
+            axes.plot([100 * low, 100 * high], [i, i], "k-")
+            axes.plot(100 * mean, i, "ko" if "level" not in name else "ks")
+        axes.axvline(0, color="0.6", linewidth=0.8)
+        axes.set_yticks(range(len(names)), [n.partition(", ")[2] for n in names])
+        axes.invert_yaxis()
+        axes.set_title(f"r = {rank}", fontsize="medium")
+        axes.set_xlabel("accuracy minus the control's (λ = 0), points")
+    top.suptitle("Second stage with ReSoRA against the same epochs without: mean, 95 % interval")
+    arms = {"stage 1": "before", "λ=0": "λ = 0", "linear, feature": "linear metric"}
+    layers = len(redundancy(data, "r=4, λ=0"))
+    grid = bottom.subplots(len(arms), layers, squeeze=False)
+    for row, (arm, label) in zip(grid, arms.items(), strict=True):
+        for i, (axes, matrix) in enumerate(zip(row, redundancy(data, f"r=4, {arm}"), strict=True)):
+            image = axes.imshow(matrix, cmap="gray_r", vmin=0, vmax=1)
+            axes.set(xticks=[], yticks=[])
+            if i == 0:
+                axes.set_ylabel(label, rotation=0, ha="right", va="center")
+            if row is grid[-1]:
+                axes.set_xlabel(
+                    f"layer {i // 2}, {'query' if i % 2 == 0 else 'value'}", fontsize="small"
+                )
+    bottom.colorbar(image, ax=grid, label="squared correlation")
+    bottom.suptitle("Squared correlation of the codes, r = 4: components against components")
+    return common.save_figure(figure, source)
+
+
+if __name__ == "__main__":
+    print(draw(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).with_suffix(".json")))

@@ -1,0 +1,468 @@
+"""common.py: files, backbones, tasks, adapters on disk, training and scoring."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load, save_file
+from torch import nn
+
+import common
+import eigenlorax
+
+TINY = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
+
+
+def tiny_vit(labels: int = 3, seed: int = 0) -> transformers.ViTForImageClassification:
+    transformers.set_seed(seed)
+    config = transformers.ViTConfig(
+        **TINY, image_size=4, patch_size=2, num_channels=1, num_labels=labels
+    )
+    return transformers.ViTForImageClassification(config)
+
+
+def tiny_task(n: int = 24, seed: int = 0) -> common.ImageTask:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) % 3
+    images = torch.randint(0, 60, (n, 1, 4, 4), generator=generator)
+    images[:, 0, 0] += 60 * labels[:, None]
+    return common.ImageTask(images.to(torch.uint8), labels, [0.3], [0.3])
+
+
+def save_lora(folder: Path, seed: int = 0, **options) -> nn.Module:
+    """A PEFT LoRA of a tiny ViT with random factors, saved the way PEFT saves it."""
+    model = tiny_vit()
+    config = peft.LoraConfig(r=2, lora_alpha=6, target_modules=common.targets_of(model), **options)
+    model = peft.get_peft_model(model, config)
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            p.data = torch.randn(p.shape, generator=generator)
+    model.save_pretrained(folder)
+    return model
+
+
+# ---------------------------------------------------------------- files and results
+
+
+def test_replacing_keeps_the_old_file_when_the_block_fails(tmp_path):
+    target = tmp_path / "a.json"
+    common.write_json(target, {"x": 1})
+    with pytest.raises(RuntimeError), common.replacing(target) as temporary:
+        temporary.write_text("half of a ne")
+        raise RuntimeError
+    assert common.read_json(target) == {"x": 1}
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_replacing_a_folder_leaves_nothing_behind_when_it_fails(tmp_path):
+    with pytest.raises(RuntimeError), common.replacing(tmp_path / "folder") as temporary:
+        (temporary / "inner").mkdir(parents=True)
+        (temporary / "inner" / "file").write_text("x")
+        raise RuntimeError
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_result_that_json_cannot_hold_is_not_written(tmp_path):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        common.write_json(tmp_path / "a.json", {"x": float("nan")})
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_place_that_cannot_be_written_is_named_before_any_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="cannot write in .*file"):
+        common.check_writable(tmp_path / "file" / "out.json")
+    with pytest.raises(OSError, match="found a folder"):
+        common.check_writable(tmp_path)
+    common.check_writable(tmp_path / "new" / "out.json")
+    assert not (tmp_path / "new" / "out.json").exists()
+
+
+def test_results_are_kept_by_configuration_and_run(tmp_path):
+    results = common.Results(tmp_path, "t", {"epochs": 1})
+    spec = {"row": "a", "seed": 0}
+    assert results.get(spec) is None
+    results.put(spec, {"test": 0.5})
+    assert common.Results(tmp_path, "t", {"epochs": 1}).get(dict(reversed(spec.items()))) == {
+        "test": 0.5
+    }
+    assert results.get({**spec, "seed": 1}) is None
+    assert common.Results(tmp_path, "t", {"epochs": 2}).get(spec) is None
+
+
+def test_a_damaged_result_file_is_named(tmp_path):
+    results = common.Results(tmp_path, "t", {})
+    results.put({"row": "a"}, {"test": 0.5})
+    file = next((results.folder / "finished").iterdir())
+    file.write_text(file.read_text()[:20])
+    with pytest.raises(ValueError, match=rf"{file.name} is not valid JSON"):
+        results.get({"row": "a"})
+
+
+def test_code_fingerprint_sees_code_but_not_comments(tmp_path):
+    prints = []
+    for text in ("x = 1\n", "x = 1  # one\n\n", "x = 2\n"):
+        (tmp_path / "m.py").write_text(text)
+        module = type(sys)("m")
+        module.__file__ = str(tmp_path / "m.py")
+        prints.append(common.code_fingerprint(module))
+    assert prints[0] == prints[1] != prints[2]
+
+
+# ---------------------------------------------------------------- backbones and tasks
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_backbones_load_as_float32_with_a_fresh_head(tmp_path, dtype):
+    source = tiny_vit()
+    source.to(dtype).save_pretrained(tmp_path)
+    transformers.set_seed(7)
+    model = common.load_backbone(str(tmp_path), 3)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    trunk = source.base_model.state_dict()
+    for name, value in model.base_model.state_dict().items():
+        assert torch.equal(value, trunk[name].float()), name
+    assert (model.classifier.weight - source.classifier.weight.float()).abs().max() > 1e-3
+    assert common.load_backbone(str(tmp_path), 5).classifier.out_features == 5
+
+
+def test_bad_backbones_are_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ValueError, match=r"backbone 'nobody/no-such-model': wanted a folder"):
+        common.load_backbone("nobody/no-such-model", 2)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="backbone .*empty"):
+        common.load_backbone(str(tmp_path / "empty"), 2)
+
+    good = tmp_path / "good"
+    tiny_vit().save_pretrained(good)
+    weights = good / "model.safetensors"
+    whole = weights.read_bytes()
+    tensors = load(whole)
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="backbone .*good"):
+        common.load_backbone(str(good), 2)
+
+    name = next(k for k in tensors if k.endswith("q_proj.weight") or k.endswith("query.weight"))
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="found a non-finite value in"):
+        common.load_backbone(str(good), 2)
+
+    del tensors[name]
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="found no weights for"):
+        common.load_backbone(str(good), 2)
+
+
+class Bomb:
+    """A pickle of this runs code when it is opened."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+@pytest.mark.parametrize(
+    ("name", "load"),
+    [
+        ("pytorch_model.bin", lambda folder: common.load_backbone(str(folder), 3)),
+        ("adapter_model.bin", common.LazyAdapter),
+    ],
+)
+def test_pickles_are_refused_and_never_opened(tmp_path, name, load):
+    (save_lora if name.startswith("adapter") else tiny_vit().save_pretrained)(tmp_path / "m")
+    for file in (tmp_path / "m").glob("*.safetensors"):
+        file.unlink()
+    (tmp_path / "m" / name).write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
+    with pytest.raises(ValueError, match="safetensors"):
+        load(tmp_path / "m")
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "wanted"),
+    [
+        (transformers.ViTConfig(**TINY), None),
+        (transformers.Dinov2Config(**TINY), None),
+        (transformers.BertConfig(**TINY), None),
+        (transformers.RobertaConfig(**TINY), None),
+        (transformers.DebertaV2Config(**TINY), ["query_proj", "value_proj"]),
+        (transformers.SwinConfig(embed_dim=8, depths=[1], num_heads=[2]), None),
+        (transformers.CLIPVisionConfig(**TINY), ["q_proj", "v_proj"]),
+        (transformers.LlamaConfig(**TINY, vocab_size=8), ["q_proj", "v_proj"]),
+        (transformers.MistralConfig(**TINY, vocab_size=8), ["q_proj", "v_proj"]),
+    ],
+    ids=lambda x: getattr(x, "model_type", ""),
+)
+def test_targets_are_the_query_and_value_projections(config, wanted):
+    with torch.device("meta"):
+        model = transformers.AutoModel.from_config(config)
+    found = common.targets_of(model)
+    assert found == (wanted or found)
+    query, value = found
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    assert sum(n.endswith(f".{query}") for n in names) == sum(
+        n.endswith(f".{value}") for n in names
+    )
+    assert query.startswith("q") and value.startswith("v")
+
+
+def test_targets_that_match_nothing_list_what_there_is():
+    with pytest.raises(ValueError, match=r"found \['0', '2'\] in Sequential"):
+        common.targets_of(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)))
+
+
+def test_load_task_reads_folders_and_names_what_is_wrong(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    import datasets
+
+    (tmp_path / "data" / "cola").mkdir(parents=True)
+    rows = datasets.Dataset.from_dict({"sentence": ["a", "b"], "label": [0, 1]})
+    rows.to_parquet(tmp_path / "data" / "cola" / "train.parquet")
+    loaded = common.load_task(str(tmp_path / "data"), "cola")
+    assert loaded["train"]["sentence"][:] == ["a", "b"]
+    with pytest.raises(ValueError, match=r"no folder 'sst2' in .*found \['cola'\]"):
+        common.load_task(str(tmp_path / "data"), "sst2")
+    with pytest.raises(ValueError, match="data 'nobody/nothing': found neither"):
+        common.load_task("nobody/nothing")
+
+
+# ---------------------------------------------------------------- adapters on disk
+
+
+def test_lazy_adapter_is_the_delta_that_peft_applies(tmp_path):
+    model = save_lora(tmp_path, use_rslora=True)
+    adapter = common.LazyAdapter(tmp_path)
+    layers = {n: m for n, m in model.base_model.model.named_modules() if hasattr(m, "lora_A")}
+    assert set(adapter) == set(layers) and len(adapter) == 4
+    for name, (B, A) in adapter.items():
+        delta = layers[name].get_delta_weight("default")
+        assert (B @ A - delta).abs().max() <= 8 * A.shape[1] * torch.finfo(A.dtype).eps
+
+
+def test_lazy_adapter_reads_one_module_at_a_time(tmp_path):
+    save_lora(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load(file.read_bytes())
+    bad = next(k for k in tensors if "lora_B" in k)
+    tensors[bad][0, 0] = float("inf")
+    save_file(tensors, file)
+    adapter = common.LazyAdapter(tmp_path)
+    name = next(n for n in adapter if f"{n}.lora_B" in bad)
+    with pytest.raises(ValueError, match=rf"{name}.*finite"):
+        adapter[name]
+    for other in set(adapter) - {name}:
+        assert all(torch.isfinite(factor).all() for factor in adapter[other])
+
+
+def test_bad_adapter_folders_are_named(tmp_path):
+    with pytest.raises(ValueError, match="found no such folder"):
+        common.LazyAdapter(tmp_path / "nothing")
+    save_lora(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    whole = file.read_bytes()
+    for size in (len(whole) - 8, 20, 4, 0):
+        file.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=f"{file.name} is not a whole safetensors file"):
+            common.LazyAdapter(tmp_path)
+    file.write_bytes(whole)
+    (tmp_path / "adapter_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"adapter_config\.json is not valid JSON"):
+        common.LazyAdapter(tmp_path)
+
+
+def test_a_bank_comes_back_as_it_was(tmp_path):
+    adapters = []
+    for seed in range(3):
+        save_lora(tmp_path / str(seed), seed=seed)
+        adapters.append(common.LazyAdapter(tmp_path / str(seed)))
+    model = tiny_vit()
+    subspaces = eigenlorax.recycle(adapters, k=4)
+    modules = eigenlorax.adapt(model, subspaces, rank=2, tasks=3, scaling=0.5)
+    for task, adapter in enumerate(adapters):
+        for name, module in modules.items():
+            module.set_task(task, *adapter[name])
+    common.save_bank(tmp_path / "bank.safetensors", subspaces, modules)
+    again, loaded = common.load_bank(tmp_path / "bank.safetensors", tiny_vit())
+    for name, module in modules.items():
+        for task in range(3):
+            for ours, theirs in zip(module.pair(task), loaded[name].pair(task), strict=True):
+                assert torch.equal(ours, theirs)
+        assert torch.equal(again[name].V_A, subspaces[name].V_A)
+        assert again[name].count == subspaces[name].count == 6
+    grown = eigenlorax.update(again, adapters[:1])  # a loaded bank can go on growing
+    assert {s.count for s in grown.values()} == {8}
+
+
+def test_a_file_that_is_no_bank_is_refused(tmp_path):
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"other\.safetensors is not a bank"):
+        common.load_bank(tmp_path / "other.safetensors", tiny_vit())
+    with pytest.raises(ValueError, match="is not a bank"):
+        common.load_bank(tmp_path / "nothing", tiny_vit())
+
+
+# ---------------------------------------------------------------- training, scoring, methods
+
+
+def test_training_lowers_the_loss_and_repeats_exactly():
+    losses, weights = [], []
+    for _ in range(2):
+        model, data = tiny_vit(), tiny_task()
+        options = dict(epochs=20, batch_size=8, lr=1e-2, seed=3, collate=data.collate)
+        losses.append(common.train(model, data, common.accelerator(cpu=True), **options))
+        weights.append(model.classifier.weight.detach().clone())
+    assert losses[0] == losses[1] and torch.equal(*weights)
+    assert losses[0][-1] < 0.5 * losses[0][0]
+    score = common.evaluate(model, data, common.accelerator(cpu=True), collate=data.collate)
+    assert score > 0.9
+
+
+def test_the_penalty_is_told_the_progress_and_added():
+    data, seen = tiny_task(), []
+    model = tiny_vit()
+
+    def penalty(progress: float) -> torch.Tensor:
+        seen.append(progress)
+        return 1e4 * model.classifier.weight.square().sum()
+
+    options = dict(epochs=4, batch_size=8, lr=1e-2, seed=0, collate=data.collate, weight_decay=0.0)
+    before = model.classifier.weight.norm().item()
+    common.train(model, data, common.accelerator(cpu=True), penalty=penalty, **options)
+    assert seen == [i / 12 for i in range(12)]
+    assert model.classifier.weight.norm().item() < 0.7 * before
+
+
+def test_a_loss_that_is_not_finite_is_an_error():
+    model, data = tiny_vit(), tiny_task()
+    model.classifier.weight.data.fill_(float("nan"))
+    options = dict(epochs=1, batch_size=8, lr=1e-2, seed=0, collate=data.collate)
+    with pytest.raises(ValueError, match=r"found loss nan in epoch 1 at learning rate 0\.01"):
+        common.train(model, data, common.accelerator(cpu=True), **options)
+
+
+class Given(nn.Module):
+    """A model whose logits are its inputs."""
+
+    def forward(self, logits, labels):
+        return transformers.modeling_outputs.SequenceClassifierOutput(logits=logits)
+
+
+def test_metrics_are_their_definitions():
+    generator = np.random.default_rng(0)
+    truth, guess = generator.integers(0, 2, 50), generator.integers(0, 2, 50)
+    logits = torch.eye(2)[torch.from_numpy(guess)]
+    rows = [{"logits": x, "labels": torch.tensor(y)} for x, y in zip(logits, truth, strict=True)]
+    score = lambda rows, metric: common.evaluate(  # noqa: E731
+        Given(), rows, common.accelerator(cpu=True), metric=metric, batch_size=16
+    )
+    assert score(rows, "accuracy") == np.mean(truth == guess)
+    assert abs(score(rows, "matthews") - np.corrcoef(truth, guess)[0, 1]) < 50 * 2e-16
+    values = generator.normal(size=50).astype(np.float32)
+    rows = [
+        {"logits": torch.tensor([v]), "labels": torch.tensor(v + w)}
+        for v, w in zip(values, generator.normal(size=50).astype(np.float32), strict=True)
+    ]
+    truth = [r["labels"].item() for r in rows]
+    assert abs(score(rows, "pearson") - np.corrcoef(values, truth)[0, 1]) < 50 * 1.2e-7
+
+
+@pytest.mark.parametrize(
+    ("row", "count"),  # 2 layers × {query, value} of width 16
+    [
+        (dict(method="head"), 0),
+        (dict(method="lora", rank=3), 4 * 3 * 32),
+        (dict(method="pissa", rank=3), 4 * 3 * 32),
+        (dict(method="vera", rank=5), 4 * (5 + 16)),
+        (dict(method="oft", rank=4), 4 * 4 * 6),
+        (dict(method="hra", rank=2, lam=1e-3), 4 * 2 * 16),
+        (dict(method="hra", rank=2, strict=True), 4 * 2 * 16),
+        (dict(method="resora", rank=2, metric="linear", level="feature", lam=0.1), 4 * 2 * 32),
+        (dict(method="eigenlorax", components=3, rank=2), 4 * 2 * 3 * 2),
+        (dict(method="eigenlorax", components=3, rank=2, frozen=True), 0),
+    ],
+    ids=lambda x: x["method"] if isinstance(x, dict) else "",
+)
+def test_methods_train_their_own_numbers_and_the_head(row, count):
+    model, data = tiny_vit(), tiny_task(12)
+    head = {n for n, _ in common.head_of(model)}
+    model, _, penalty = common.build(model, row, seed=0)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert sum(p.numel() for p in trained) == count + sum(
+        p.numel() for n, p in tiny_vit().named_parameters() if n in head
+    )
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    options = dict(epochs=3, batch_size=4, lr=1e-2, seed=0, collate=data.collate)
+    common.train(model, data, common.accelerator(cpu=True), penalty=penalty, **options)
+    for name, p in model.named_parameters():
+        assert torch.isfinite(p).all(), name
+        moved = not torch.equal(p, before[name])
+        assert moved == p.requires_grad, name
+
+
+def test_an_unknown_method_is_an_error():
+    with pytest.raises(ValueError, match="found method 'dora'; wanted one of"):
+        common.build(tiny_vit(), {"method": "dora"}, seed=0)
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(tmp_path):
+    """The same global batch on two gloo processes gives the same weights to rounding."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import sys
+            import torch
+            import common
+            from tests.test_common import tiny_task, tiny_vit
+
+            accelerate, data, model = common.accelerator(cpu=True), tiny_task(24), tiny_vit()
+            options = dict(epochs=3, batch_size=8, lr=1e-2, seed=3, collate=data.collate)
+            losses = common.train(model, data, accelerate, **options)
+            score = common.evaluate(model, data, accelerate, collate=data.collate)
+            if accelerate.is_main_process:
+                out = [accelerate.num_processes, losses, score, model.classifier.weight.tolist()]
+                print("RESULT", __import__("json").dumps(out))
+            """
+        )
+    )
+    outputs = []
+    root = Path(__file__).parents[1]
+    for launch in (
+        [sys.executable],
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            "2",
+            "--master_port",
+            "0",
+        ],
+    ):
+        env = {**os.environ, "PYTHONPATH": str(root), "ACCELERATE_USE_CPU": "true"}
+        done = subprocess.run(
+            [*launch, str(script)], env=env, capture_output=True, text=True, cwd=tmp_path
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        line = next(x for x in done.stdout.splitlines() if x.startswith("RESULT"))
+        outputs.append(json.loads(line.removeprefix("RESULT")))
+    (one, losses, score, weight), (two, losses2, score2, weight2) = outputs
+    assert (one, two) == (1, 2)
+    np.testing.assert_allclose(losses2, losses, rtol=1e-4)  # nine AdamW steps in float32
+    np.testing.assert_allclose(weight2, weight, atol=1e-4)
+    assert score == score2
