@@ -1,0 +1,255 @@
+"""What holds for the repository as a whole: structure, claims, copied-alone files, README."""
+
+import ast
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+METHODS = ("hra", "resora", "eigenlorax")
+
+
+def source(name: str) -> str:
+    return (ROOT / f"{name}.py").read_text(encoding="utf-8")
+
+
+def tracked() -> list[str]:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    return listed.stdout.split()
+
+
+# ---------------------------------------------------------------- structure
+
+
+def test_the_files_are_those_of_the_layout():
+    allowed = re.compile(
+        r"(hra|resora|eigenlorax|common|train_vit|train_glue)\.py|tests/\w+\.py"
+        r"|figures/\w+\.(py|json|png|md)|README\.md|pyproject\.toml|Makefile|LICENSE"
+        r"|CITATION\.cff|\.gitignore|\.ci/run"
+    )
+    assert [f for f in tracked() if not allowed.fullmatch(f)] == []
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+def test_every_figure_has_its_json_and_script_and_the_reverse():
+    files = {Path(f).name for f in tracked() if f.startswith("figures/")}
+    for file in files:
+        stem, _, kind = file.partition(".")
+        wanted = {"png": ("json", "py"), "json": ("py",), "md": ("json", "py"), "py": ()}[kind]
+        assert not {f"{stem}.{w}" for w in wanted} - files, file
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_file_imports_torch_and_the_standard_library_only(name):
+    imported = set()
+    for node in ast.walk(ast.parse(source(name))):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            imported.add(node.module.partition(".")[0])
+    assert imported - {"torch"} <= set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_file_is_at_most_450_lines_of_which_250_code(name):
+    text = source(name)
+    prose = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(
+            node
+        ):
+            prose |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    lines = text.splitlines()
+    code = [
+        line
+        for number, line in enumerate(lines, 1)
+        if number not in prose and line.strip() and not line.strip().startswith("#")
+    ]
+    assert len(lines) <= 450 and len(code) <= 250, (len(lines), len(code))
+
+
+def test_the_repeated_helper_is_the_same_in_every_method_file():
+    trees = set()
+    for name in METHODS:
+        for node in ast.parse(source(name)).body:
+            if isinstance(node, ast.FunctionDef) and node.name == "_replace":
+                trees.add(ast.dump(node))
+    assert len(trees) == 1
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_file_carries_licence_source_and_citation(name):
+    first = source(name).splitlines()[:3]
+    assert first[0] == "# SPDX-License-Identifier: MIT"
+    assert "arXiv" in first[1] and first[2].startswith("# Cite:")
+
+
+@pytest.mark.parametrize("name", [*METHODS, "common", "train_vit"])
+def test_public_things_have_docstrings(name):
+    for node in ast.walk(ast.parse(source(name))):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+            simple = any(
+                isinstance(d, ast.Name) and d.id == "property"
+                for d in getattr(node, "decorator_list", [])
+            )
+            inner = node.name in ("forward", "make", "record", "add", "fit", "rate", "wrapped")
+            assert ast.get_docstring(node) or inner or simple, f"{name}.{node.name}"
+
+
+def test_ruff_has_nothing_to_say():
+    for arguments in (["check"], ["format", "--check"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "ruff", *arguments, "--no-cache", "."],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout
+
+
+# ---------------------------------------------------------------- claims
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_claim_has_one_test_and_every_test_its_claim(name):
+    docstring = ast.get_docstring(ast.parse(source(name)), clean=False)
+    letter = name[0].upper()
+    claimed = re.findall(rf"^\s+({letter}\d+)  \S", docstring, flags=re.M)
+    tests = ast.parse((ROOT / "tests" / f"test_{name}.py").read_text(encoding="utf-8"))
+    names = [n.name for n in ast.walk(tests) if isinstance(n, ast.FunctionDef)]
+    tested = [m[1] for n in names if (m := re.match(rf"test_({letter}\d+)_", n))]
+    assert claimed == [f"{letter}{i}" for i in range(1, len(claimed) + 1)] and claimed
+    assert tested == claimed
+
+
+# ---------------------------------------------------------------- copied alone
+
+ALONE = """
+    import sys, doctest, importlib.abc
+
+    class Guard(importlib.abc.MetaPathFinder):
+        def find_spec(self, name, path=None, target=None):
+            if name.partition(".")[0] in ({others}):
+                raise ImportError(f"{name} is imported")
+
+    sys.meta_path.insert(0, Guard())
+    import torch
+    from torch import nn
+    import {name} as method
+
+    assert doctest.testmod(method).failed == 0
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    plain, x = nn.Sequential(model), torch.randn(2, 3, 16)
+    {adapt}
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data += 0.1 * torch.randn_like(p)
+    assert model(x).requires_grad
+    with torch.no_grad():
+        trained, evaluated = model.train()(x), model.eval()(x)
+        merged = method.merge(model)(x)
+    assert torch.isfinite(trained).all()
+    for other in (evaluated, merged):
+        assert (trained - other).abs().max() < 1e-5, (trained - other).abs().max()
+    print("alone")
+"""
+ADAPT = {
+    "hra": 'method.adapt(model, ["linear1", "out_proj"], rank=2)',
+    "resora": 'method.adapt(model, ["linear1", "out_proj"], rank=2)',
+    "eigenlorax": (
+        "pairs = lambda: {n: (torch.randn(m.out_features, 2), torch.randn(2, m.in_features))"
+        ' for n, m in model.named_modules() if n.endswith(("linear1", "out_proj"))};'
+        " method.adapt(model, method.recycle([pairs(), pairs()]), rank=2)"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_file_works_copied_alone(name, tmp_path):
+    (tmp_path / f"{name}.py").write_text(source(name), encoding="utf-8")
+    others = {
+        "common",
+        "train_vit",
+        "transformers",
+        "peft",
+        "accelerate",
+        "datasets",
+        "safetensors",
+    }
+    others |= {"numpy", "matplotlib", "sklearn", *METHODS} - {name, "numpy"}
+    text = textwrap.dedent(ALONE).replace("{others}", repr(sorted(others))[1:-1])
+    text = text.replace("{name} as", f"{name} as").replace("{adapt}", ADAPT[name])
+    done = subprocess.run(
+        [sys.executable, "-c", text], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "alone", done.stderr[-2000:]
+
+
+# ---------------------------------------------------------------- README
+
+
+def readme() -> str:
+    return (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_readme_code_runs_in_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"^```python\n(.*?)^```", readme(), flags=re.M | re.S)
+    assert blocks
+    space = {"__name__": "readme"}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), space)
+
+
+def test_readme_is_short_and_its_links_resolve():
+    assert len(readme().splitlines()) <= 200
+    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", readme()):
+        assert link.startswith("http") or (ROOT / link).exists(), link
+
+
+def test_readme_commands_are_make_targets():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    commands = re.findall(r"^make (\w+)", readme(), flags=re.M)
+    assert commands[:2] == ["demo", "test"]
+    for name in commands:
+        assert re.search(rf"^{name}:", makefile, flags=re.M), name
+
+
+def test_readme_tables_are_those_of_the_committed_results():
+    train_vit = importlib.import_module("train_vit")
+    rows = json.loads((ROOT / "figures" / "vit_digits.json").read_text(encoding="utf-8"))["rows"]
+    assert train_vit.as_table(rows) in readme()
+    results = json.loads((ROOT / "figures" / "vit_hra.json").read_text(encoding="utf-8"))
+    assert importlib.import_module("figures.vit_hra").table(results) in readme()
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_digits", "vit_ablation", "vit_hra", "vit_resora", "vit_lambda"]
+)
+def test_committed_figures_are_drawn_from_their_json(name, tmp_path):
+    """The same pixels but for fonts and antialiasing: mean absolute difference below 2 of 255."""
+    import numpy as np
+    from PIL import Image
+
+    committed = ROOT / "figures" / f"{name}.json"
+    if not committed.exists():
+        pytest.skip(f"{committed.name} is not committed")
+    copy = tmp_path / committed.name
+    copy.write_bytes(committed.read_bytes())
+    drawn = importlib.import_module(f"figures.{name}").draw(copy)
+    ours, theirs = (Image.open(p).convert("L") for p in (drawn, committed.with_suffix(".png")))
+    assert ours.size == theirs.size
+    difference = np.abs(np.asarray(ours, float) - np.asarray(theirs, float))
+    assert difference.mean() < 2
