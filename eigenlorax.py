@@ -1,12 +1,9 @@
 # SPDX-License-Identifier: MIT
 # EigenLoRAx (arXiv:2502.04700) in one self-contained file: copy it.
-# Cite: P. Kaushik, A. Vaidya, S. Chaudhari, A. Yuille. EigenLoRAx: Recycling Adapters to Find
-# Principal Subspaces for Resource-Efficient Adaptation and Inference. arXiv:2502.04700, 2025.
+# Cite: P. Kaushik, A. Vaidya, S. Chaudhari, A. Yuille. EigenLoRAx. arXiv:2502.04700, 2025.
 r"""EigenLoRAx: stack the LoRA adapters you have, keep their principal directions V, learn only α.
 
-    h = W₀x + ΔW(task) x,   ΔW(task) = s · V_Bᵀ α_B α_Aᵀ V_A                        [Sec. 3.2]
-
-Paper: Kaushik, Vaidya, Chaudhari, Yuille, arXiv:2502.04700, 2025 (title above).
+    h = W₀x + ΔW(task) x,   ΔW(task) = s · V_Bᵀ α_B α_Aᵀ V_A        [arXiv:2502.04700, Sec. 3.2]
 
 Symbols: one frozen Linear with weight W₀ (o, d); m is the sum of the recycled adapters' ranks
   paper | here            | shape         | meaning
@@ -20,21 +17,18 @@ Symbols: one frozen Linear with weight W₀ (o, d); m is the sum of the recycled
   σ     | singular_values | (min(m, n),)  | of the rows, descending; a Subspace keeps the first K
   P     | pseudo          | number        | random directions appended to V       [Algorithm 1]
   s     | scaling         | number        | LoRA's α/r; 1, as `lora_pairs` folds it into B
-
 Derivation
-  1. ΔW = BA = Σⱼ bⱼaⱼᵀ reads x through rows aⱼ of A and writes through columns bⱼ of B. These
-     vectors are what adapters can share: per module and side, stack them as the rows of X.
+  1. ΔW = BA = Σⱼ bⱼaⱼᵀ reads x through rows aⱼ of A and writes through columns bⱼ of B: what
+     adapters can share. Per module and side, stack them as the rows of X.
   2. X = UΣVᵀ. No K directions leave less of X than the first K right singular vectors, from
      here on the rows of V: ‖X − XVᵀV‖² = Σ_{i>K} σᵢ².                        [Eckart–Young]
   3. XXᵀ = UΣ²Uᵀ, XᵀX = VᵀΣ²V: the smaller Gram matrix has every σ, and V = Σ⁻¹UᵀX. Squaring
      halves the digits, so float32 rows get a float64 Gram matrix, float64 rows a thin SVD.
   4. VVᵀ = I, so the least-squares coefficients of any rows are X Vᵀ.
-  5. V_BᵀV_B·BA·V_AᵀV_A is the orthogonal projection of BA on all matrices V_BᵀMV_A: M is
-     (V_B B)(A V_Aᵀ) = α_B α_Aᵀ, and projecting the factors one by one is best for ΔW too.
-  6. Centred directions alone lose μ. With the unit part of μ outside V as one more row, the
-     span holds every row again, and 0, and step 5 applies.
-  7. XᵀX = VᵀΣ²V: the K rows ΣV stand for all rows so far. Append the new rows, start over. If
-     centred: x̄ of m new and μ of c old rows meet in one more row, √(cm/(c+m))·(x̄ − μ).
+  5. V_BᵀV_B·BA·V_AᵀV_A, BA projected on all V_BᵀMV_A, has M = (V_B B)(A V_Aᵀ) = α_B α_Aᵀ.
+  6. Centred directions lose μ; with the unit part of μ outside V as a row, V spans all rows again.
+  7. XᵀX = VᵀΣ²V: ΣV stands for all c rows so far; append new rows to it. Centred, so does √c·μ:
+     with weights w = (0 …, √c, 1 …) the mean is wX/‖w‖², and X − w·mean has the XᵀX sought.
   8. α_B = 0 makes ΔW = 0, and ∂L/∂α_B = s·V_B (∂L/∂W) V_Aᵀ α_A is not 0 for random α_A.
 
 Claims
@@ -51,24 +45,17 @@ Claims
   E11  K by explained variance and by Gavish–Donoho, exact on planted rank plus white noise
   E12  every task of a mixed batch gets what it gets alone
 
-Cost      components O(mn·min(m, n)) once. The forward adds O(min(NK, (N + K)r)·(d + o)) for N
-          samples. T tasks hold K·(d + o) + 2TKr numbers, LoRA Tr·(d + o).
-Differs from the paper: adapters are stacked as rows (stacked as columns, V has another length);
-          uncentred by default, and a centred subspace contains the mean its forward has not;
-          no randomised SVD, for hundreds of adapters neither; α_B starts at 0, not random
-          (init="random" does that); A and B of every module may have a K of their own.
-Differs from the authors' code: α_A, α_B start uniform in ±½ there. It decomposes by a general,
-          not a symmetric, eigensolver or a randomised SVD, ignores each LoRA's scaling, takes
-          off a mean that nothing restores, draws pseudo-components uniform in 0..1 and
-          orthogonalises once, and holds V once per task. Written from the paper alone.
+Cost      components O(mn·min(m, n)) once; forward of N samples O(min(NK, (N + K)r)·(d + o)) more;
+          T tasks hold K·(d + o) + 2TKr numbers, LoRA Tr·(d + o).
+Differs from the paper: adapters are stacked as rows (as columns, V has another length); centring is
+          an option and its mean stays in V; no randomised SVD; α_B starts at 0, not random.
+Differs from the authors' code: there α starts uniform in ±½, scaling is ignored, the mean is lost.
 """
 
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,23 +63,35 @@ from torch import Tensor, nn
 Rule = int | float | str | None
 Pair = tuple[Tensor, Tensor]
 Adapters = Iterable[Mapping[str, Pair]]
-Tensors = Mapping[str, Tensor]
-Random = torch.Generator | None
 
 
 def principal_components(rows: Tensor, k: Rule = None, center: bool = True) -> tuple[Tensor, ...]:
     """Return (V (K, n), mean (n,), all min(m, n) singular values) of rows (m, n), K by `choose_k`.
 
-    Exact; in the dtype of rows, at least float32. The mean is 0 if not center. Raises ValueError
-    on nan or inf, and for k above the numerical rank.                       [Alg. 1; steps 2, 3]
+    Exact; at least float32; mean 0 if not center. ValueError: nan, inf, k too large.   [Alg. 1]
     >>> V, mean, s = principal_components(torch.tensor([[3.0, 4.0], [6.0, 8.0]]), center=False)
     >>> V.abs(), s[0] ** 2
     (tensor([[0.6000, 0.8000]]), tensor(125.))
     """
-    X, dtype = _finite(rows, "rows").to(torch.float64, copy=True), _dtype(rows)
-    mean = X.mean(0) * center
-    V, s = _top(X.sub_(mean), k, dtype, len(X) - center)
-    return V.to(dtype), mean.to(dtype), s.to(dtype)
+    return _components(_finite(rows, "rows"), torch.ones(len(rows)), k, center)
+
+
+def _components(rows: Tensor, weight: Tensor, k: Rule, center: bool) -> tuple[Tensor, ...]:
+    """The same for rows that are weight (m,) times what the mean is taken of.          [step 7]"""
+    X, dtype = rows.to(torch.float64, copy=True), _dtype(rows)
+    (m, n), w = X.shape, weight.to(X)  # if centred, one row follows from the others
+    mean, count = w @ X / (w @ w) * center, round(float(w @ w)) - center
+    X -= w[:, None] * mean
+    if dtype == torch.float64:
+        _, s, V = torch.linalg.svd(X, full_matrices=False)
+    else:
+        eigenvalues, U = torch.linalg.eigh(X @ X.T if m <= n else X.T @ X)
+        s, U = eigenvalues.flip(0).clamp(min=0).sqrt(), U.flip(1)
+    K = choose_k(s[:count].to(dtype), k, (count, n))
+    if dtype == torch.float32:
+        V = U[:, :K].T if m > n else (U[:, :K] / s[:K]).T @ X
+        V = torch.linalg.solve_triangular(torch.linalg.cholesky(V @ V.T), V, upper=False)
+    return V[:K].to(dtype), mean.to(dtype), s.to(dtype)
 
 
 def _dtype(tensor: Tensor) -> torch.dtype:
@@ -101,28 +100,9 @@ def _dtype(tensor: Tensor) -> torch.dtype:
 
 
 def _finite(matrix: Tensor, what: str) -> Tensor:
-    if matrix.dim() != 2 or not matrix.sum(dtype=torch.float64).isfinite():
-        bad = matrix[~matrix.isfinite()][:1].tolist()
-        raise ValueError(f"{what} is {tuple(matrix.shape)} with {bad}; want a finite matrix")
+    if matrix.dim() != 2 or not (matrix.is_meta or matrix.sum(dtype=torch.float64).isfinite()):
+        raise ValueError(f"{what} {tuple(matrix.shape)} sums to {matrix.sum()}; want finite (m, n)")
     return matrix
-
-
-def _top(X: Tensor, k: Rule, dtype: torch.dtype, count: int, dropped: float = 0.0) -> Pair:
-    """V (K, n), all σ of float64 X (m, n), which stands for count free rows of the given dtype."""
-    m, n = X.shape
-    if dtype == torch.float64:
-        _, s, V = torch.linalg.svd(X, full_matrices=False)
-    else:
-        eigenvalues, U = torch.linalg.eigh(X @ X.T if m <= n else X.T @ X)
-        s, U = eigenvalues.flip(0).clamp(min=0).sqrt(), U.flip(1)
-    known = whole = s[:count].to(dtype)
-    if isinstance(k, float):  # explained variance: of all there was, also what is gone
-        whole = torch.cat([known, known.new_tensor([dropped**0.5])])
-    K = min(choose_k(whole, k, (count, n)), choose_k(known, None, (count, n)))
-    if dtype == torch.float32:
-        V = U[:, :K].T if m > n else (U[:, :K] / s[:K]).T @ X
-        V = torch.linalg.solve_triangular(torch.linalg.cholesky(V @ V.T), V, upper=False)
-    return V[:K], s
 
 
 def choose_k(singular_values: Tensor, rule: Rule, shape: tuple[int, int]) -> int:
@@ -131,66 +111,53 @@ def choose_k(singular_values: Tensor, rule: Rule, shape: tuple[int, int]) -> int
     None: the numerical rank, the number of σᵢ > eps·max(m, n)·σ₁, eps of their dtype;
     int: itself; float in (0, 1]: the least K with Σ_{i≤K}σᵢ² ≥ rule·Σσᵢ²;
     "gavish-donoho": the number of σᵢ > ω·median, optimal for low rank plus white noise
-    (arXiv:1305.5870), a heuristic on real adapters, whose noise is not white.
-    For a centred stack m is one less. Raises ValueError for K = 0 or K > numerical rank.
+    (arXiv:1305.5870), a heuristic on real adapters. For a centred stack m is one less. Raises
+    ValueError for K = 0 or K > numerical rank.
     >>> choose_k(torch.tensor([3.0, 1.0, 0.0]), 0.9, (3, 8)), choose_k(torch.ones(4), None, (4, 8))
     (1, 4)
     """
-    s, (m, n) = singular_values, shape
-    K = rank = int((s > max(m, n) * torch.finfo(s.dtype).eps * s[:1]).sum())
+    s, (m, n), K = singular_values, shape, rule
+    rank = int((s > max(m, n) * torch.finfo(s.dtype).eps * s[:1]).sum())
     if rule is None:
         return rank
-    if isinstance(rule, float) and 0 < rule <= 1:
+    if rule == "gavish-donoho":
+        beta = min(m, n) / max(m, n)
+        omega = 0.56 * beta**3 - 0.95 * beta**2 + 1.82 * beta + 1.43  # good to 0.02
+        K = min(rank, int((s > omega * s.quantile(0.5)).sum()))
+    elif isinstance(rule, float) and 0 < rule <= 1:
         energy = s.double().square().cumsum(0)
-        K = min(int((energy < rule * energy[-1:]).sum()) + 1, rank)
-    elif rule == "gavish-donoho":
-        K = min(int((s > _omega(min(m, n) / max(m, n)) * s.quantile(0.5)).sum()), rank)
-    elif isinstance(rule, int) and not isinstance(rule, bool):
-        K = rule
-    else:
-        raise ValueError(f"k = {rule!r}; want None, an int, a float in (0, 1] or 'gavish-donoho'")
-    if not 1 <= K <= rank:
-        raise ValueError(f"k = {rule!r} means {K} of {m} × {n}; want 1 to {rank}, numerical rank")
+        K = min(rank, int((energy < rule * energy[-1:]).sum()) + 1)
+    if type(K) is not int or not 1 <= K <= rank:
+        raise ValueError(f"k = {rule!r} means {K!r}; want a rule or 1 to {rank}, numerical rank")
     return K
 
 
-def _omega(beta: float) -> float:
-    """ω(β): optimal threshold / median singular value of white noise, β = min/max of the shape."""
-    cut = 2 * (beta + 1) + 8 * beta / (beta + 1 + math.sqrt(beta**2 + 14 * beta + 1))
-    theta = (torch.arange(100_000, dtype=torch.float64) + 0.5) * (math.pi / 100_000)
-    t = 1 + beta - 2 * math.sqrt(beta) * theta.cos()  # eigenvalues, from (1 − √β)² to (1 + √β)²
-    mass = (theta.sin().square() / t).cumsum(0)  # Marchenko–Pastur, up to a factor
-    return math.sqrt(cut / float(t[torch.searchsorted(mass, mass[-1] / 2)]))
-
-
-def augment(V: Tensor, p: int, generator: Random = None) -> Tensor:
+def augment(V: Tensor, p: int, generator: torch.Generator | None = None) -> Tensor:
     """Return orthonormal V (K, n) with p pseudo-components below it, (K + p, n), orthonormal.
 
-    Gaussian, orthogonalised twice. Raises ValueError unless 0 <= p <= n − K.     [Algorithm 1]
-    >>> augment(torch.tensor([[0.0, 1.0]]), 1).abs()
-    tensor([[0., 1.],
-            [1., 0.]])
+    Gaussian, orthogonalised by reflections. Raises ValueError unless 0 <= p <= n − K.   [Alg. 1]
+    >>> augment(torch.tensor([[0.0, 1.0]]), 1)[1].abs()
+    tensor([1., 0.])
     """
     if not 0 <= p <= V.shape[1] - len(V):
         raise ValueError(f"{p} pseudo-components; want 0 to n − K = {V.shape[1]} − {len(V)}")
-    where, W = generator.device if generator else V.device, V.double()
-    P = torch.randn(p, V.shape[1], dtype=W.dtype, device=where, generator=generator).to(W.device)
-    for _ in range(2):  # once would leave eps times the condition number
-        P = torch.linalg.qr((P - P @ W.T @ W).T).Q.T
-    return torch.cat([V, P.to(V.dtype)])
+    P = _normal((p, V.shape[1]), V.double(), generator)
+    Q = torch.linalg.qr(torch.cat([V, P]).T).Q.T  # orthonormal to rounding, always
+    return torch.cat([V, Q[len(V) :].to(V)])
+
+
+def _normal(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
+    where = generator.device if generator else like.device
+    return torch.randn(shape, dtype=like.dtype, device=where, generator=generator).to(like.device)
 
 
 def project(rows: Tensor, V: Tensor, mean: Tensor | None = None) -> Tensor:
-    """Return least-squares coefficients (m, K) of rows (m, n) on orthonormal V (K, n).  [step 4]
-
-    Not α but its transpose: a module's α is (K, r).
-    """
+    """Return least-squares coefficients (m, K), αᵀ, of rows (m, n) on V (K, n).         [step 4]"""
     return (rows.to(V) if mean is None else rows.to(V) - mean) @ V.T
 
 
 def reconstruct(alpha: Tensor, V: Tensor, mean: Tensor | None = None) -> Tensor:
     """Return the rows (m, n) that coefficients alpha (m, K) on V (K, n) stand for.
-
     >>> V = torch.tensor([[0.6, 0.8]])
     >>> reconstruct(project(torch.tensor([[5.0, 10.0]]), V), V)
     tensor([[6.6000, 8.8000]])
@@ -198,74 +165,58 @@ def reconstruct(alpha: Tensor, V: Tensor, mean: Tensor | None = None) -> Tensor:
     return alpha @ V if mean is None else alpha @ V + mean
 
 
-_PREFIX = "base_model.model."
-_HALF = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.[^.]+)?\.weight")
-_REFUSED = {  # what a config field=value or a key says: why the adapter is not just B A
+_FACTOR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.[^.]+)?\.weight")
+_REFUSED = {  # a config's field=value or a key: why the adapter is not just B A
     r"peft_type=(?!(PeftType\.)?LORA$)": "no LoRA",
     r"use_dora=|.*\.lora_magnitude": "DoRA also rescales W₀ + ΔW",
-    r"bias=(?!none)|lora_bias=|.*\.bias$": "a trained bias is in no subspace of A or B",
+    r"bias=(?!none)|lora_bias=|.*\.(lora_\w+|base_layer)\.bias": "a trained bias is no B·A",
     r"trainable_token_indices=|.*\.lora_embedding": "an embedding is no Linear",
     r"init_lora_weights=(?!True|gaussian|orthogonal|eva|mica)": "it may take its start off W₀",
-    r"(layer_replication|target_parameters|alora_invocation_tokens|use_(qa|bd)lora)=|.*\.lora_": (
-        "not understood"
-    ),
+    r"(layer_replication|target_parameters|alora_\w+|use_(qa|bd)lora)=|.*\.lora_": "not understood",
 }
 
 
-def lora_pairs(state_dict: Tensors, config: Mapping | None = None) -> dict[str, Pair]:
+def lora_pairs(state_dict: Mapping[str, Tensor], config: Mapping | None = None) -> dict[str, Pair]:
     """Return {module name: (B (o, r), A (r, d))} of a PEFT LoRA, s folded into B: B A = ΔW.
 
-    config is adapter_config.json; without it s = 1. r may differ by module; s is α/r, or α/√r
-    with rslora, α by alpha_pattern. Half precision becomes float32; heads are left alone.
-    Raises ValueError, saying why, for what is not B A on the base model: DoRA, trained biases or
-    embeddings, convolutions, PiSSA and other starts that change W₀.
+    config is adapter_config.json; without it s = 1. r is the tensors'. Half precision becomes
+    float32; heads are left alone. Raises ValueError, saying why, for what is not a plain B A.
     >>> peft = {"q.lora_A.weight": torch.ones(1, 2), "q.lora_B.weight": torch.ones(3, 1)}
     >>> lora_pairs(peft, {"r": 1, "lora_alpha": 2})["q"][0].T
     tensor([[2., 2., 2.]])
     """
-    config, halves, others = config or {}, {}, []
-    for key in state_dict:
-        if match := _HALF.fullmatch(key):
-            halves.setdefault(match[1], {}).setdefault(match[2], []).append(key)
-        elif ".lora_" in key or key.endswith(".base_layer.bias"):
-            others.append(key)
-    others += [f"{field}={value}" for field, value in config.items() if value]
-    for found in others:
-        if why := next((w for pattern, w in _REFUSED.items() if re.match(pattern, found)), None):
-            raise ValueError(f"{found}: {why}; want a plain LoRA, B·A on the base model as it is")
-    if not halves:
-        raise ValueError(
-            f"no LoRA among {list(state_dict)}; want NAME.lora_A.weight, .lora_B.weight"
-        )
-    pairs = {}
-    for name, half in halves.items():
-        if {side: len(keys) for side, keys in half.items()} != {"A": 1, "B": 1}:
-            raise ValueError(f"{name!r} has {half}; want one lora_A.weight and one lora_B.weight")
-        B, A = (state_dict[half[side][0]] for side in "BA")
-        _fits(B, A, len(B), A.shape[-1], f"{name!r}: ")
-        pairs[name] = B.to(_dtype(B)) * _scaling(name, len(A), config), A.to(_dtype(A))
+    config, pairs = config or {}, {}
+    facts = [key for key in state_dict if not _FACTOR.fullmatch(key)]
+    facts += [f"{field}={value}" for field, value in config.items() if value]
+    odd = [f"{fact}: {why}" for fact in facts for p, why in _REFUSED.items() if re.match(p, fact)]
+    if odd:
+        raise ValueError(f"{odd[0]}; want a plain LoRA, B·A on the base model as it is")
+    found = [(*m.groups(), key) for key in state_dict if (m := _FACTOR.fullmatch(key))]
+    A, B = ({name: state_dict[key] for name, s, key in found if s == side} for side in "AB")
+    if not found or A.keys() != B.keys() or len(found) != 2 * len(A):
+        raise ValueError(f"found {list(state_dict)}; want lora_A.weight, lora_B.weight per module")
+    patterns, power = config.get("alpha_pattern") or {}, 0.5 if config.get("use_rslora") else 1
+    for name in A:
+        r = _rank(B[name], A[name], len(B[name]), A[name].shape[-1], f"{name!r}: ")
+        hits = [v for p, v in patterns.items() if re.match(rf"(.*\.)?({p})$", name)]
+        s = [*hits, config.get("lora_alpha", r)][0] / r**power
+        pairs[name] = B[name].to(_dtype(B[name])) * s, A[name].to(_dtype(A[name]))
     return pairs
 
 
-def _scaling(name: str, rank: int, config: Mapping[str, Any]) -> float:
-    """PEFT's s for the module called name: the first pattern that matches the name's end."""
-
-    def _pick(field: str, default: Any) -> Any:
-        patterns = (config.get(f"{field}_pattern") or {}).items()
-        return next((v for p, v in patterns if re.match(rf"(.*\.)?({p})$", name)), default)
-
-    if (r := _pick("rank", config.get("r", rank))) != rank:
-        raise ValueError(f"{name!r} has {rank} rows in lora_A; want r = {r}, as in the config")
-    alpha = _pick("alpha", config.get("lora_alpha", 8)) if config else rank
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+def _rank(B: Tensor, A: Tensor, o: int, d: int, at: str = "") -> int:
+    """Return the rank r of finite B (o, r), A (r, d). Raises ValueError for anything else."""
+    if _finite(B, f"{at}B").shape != (o, len(A)) or _finite(A, f"{at}A").shape != (len(A), d):
+        raise ValueError(f"{at}B {tuple(B.shape)}, A {tuple(A.shape)}; want ({o}, r) and (r, {d})")
+    return len(A)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Subspace:
     """What the adapters of one module share.
 
-    Rows of V: principal ones, with their singular values; μ's, if center; pseudo-components.
-    k and center are `recycle`'s, dropped is the Σσ² that K left out: `update` continues them.
+    Rows of V: principal ones, as many as σ; μ's, if center; pseudo-components. dropped: the Σσ²
+    that K left out. k, center: `recycle`'s, for `update`.
     """
 
     V_A: Tensor  # (K, d)
@@ -282,195 +233,125 @@ class Subspace:
 
 
 def recycle(
-    adapters: Adapters,
-    k: Rule = None,
-    center: bool = False,
-    pseudo: int = 0,
-    generator: Random = None,
+    adapters: Adapters, k: Rule = None, center: bool = False, pseudo: int = 0, generator=None
 ) -> dict[str, Subspace]:
     """Return {module name: Subspace} of adapters, each {module name: (B (o, r), A (r, d))}.
 
-    Ranks and sets of modules may differ; mappings that read from disk are asked for one module at
-    a time. k by `choose_k`, for A and B of each module on its own; center appends the unit part
-    of the mean outside V, one row beyond k; pseudo by `augment`. Raises ValueError for no
-    adapter, other base shapes, nan or inf, k above the rank.
+    Ranks and modules may differ; a lazy mapping is asked for one module at a time. k: `choose_k`'s
+    rule, for each A and B; center: one more row, for the mean; pseudo: `augment`'s p. Raises
+    ValueError for no adapter, other base shapes, nan or inf, k above the rank.
     >>> pair = torch.tensor([[1.0], [0.0]]), torch.tensor([[3.0, 4.0]])
     >>> recycle([{"q": pair}], k=1)["q"].V_A.abs()
     tensor([[0.6000, 0.8000]])
     """
-    found = _absorb({}, adapters, k, center)
-    for name, s in found.items() if pseudo else ():
-        V_A, V_B = (augment(V, pseudo, generator) for V in (s.V_A, s.V_B))
-        found[name] = replace(s, V_A=V_A, V_B=V_B)
+    found = update({}, adapters, k, center)
+    for s in found.values():
+        s.V_A, s.V_B = augment(s.V_A, pseudo, generator), augment(s.V_B, pseudo, generator)
     return found
 
 
-def update(subspaces: Mapping[str, Subspace], adapters: Adapters) -> dict[str, Subspace]:
+def update(subspaces: Mapping, adapters: Adapters, k: Rule = None, center: bool = False) -> dict:
     """Return what `recycle` gives for old and new adapters, without the old ones.       [step 7]
 
-    The same while nothing was dropped (k=None), else within `dropped` of the best. An int and
-    "gavish-donoho" keep their K, a float chooses again; pseudo rows that new adapters explain
-    vanish. Coefficients move by new.set_task(i, *old.pair(i)).
+    The same while nothing was dropped, else within `dropped` of the best. Modules keep k and center
+    (the arguments are for new ones): "gavish-donoho" keeps its K, a float chooses among what is
+    kept; pseudo rows go. α moves by new.set_task(i, *old.pair(i)).
     """
-    rule = next(((s.k, s.center) for s in subspaces.values()), (None, False))
-    return _absorb(subspaces, adapters, *rule)
-
-
-def _absorb(subspaces: Mapping, adapters: Adapters, k: Rule, center: bool) -> dict[str, Subspace]:
-    """`update`, with k and center for modules that subspaces lack."""
     adapters, out = list(adapters), dict(subspaces)
     if not any(len(adapter) for adapter in adapters):
         raise ValueError(f"{len(adapters)} adapters, no module; want one {{name: (B, A)}} or more")
     for name in dict.fromkeys(name for adapter in adapters for name in adapter):
-        old, columns, rows = out.get(name), [], []
-        for i, adapter in enumerate(adapters):
-            if name in adapter:
-                B, A = adapter[name]
-                shape = (old.V_B.shape[1], old.V_A.shape[1]) if old else (len(B), A.shape[-1])
-                _fits(B, A, *shape, f"adapter {i}, {name!r}: ")
-                old = old or Subspace(*_nothing(A, B.T), 0, k, center)
-                columns.append(B), rows.append(A)
-        try:
-            sides = _grow(old, "A", torch.cat(rows)), _grow(old, "B", torch.cat(columns, 1).T)
-        except ValueError as error:
-            raise ValueError(f"{name!r}: {error}") from None
-        V, mean, s, dropped = zip(*sides, strict=True)
-        count = old.count + sum(map(len, rows))
-        out[name] = Subspace(*V, *mean, *s, count, old.k, old.center, *dropped)
+        pairs = {i: adapter[name] for i, adapter in enumerate(adapters) if name in adapter}
+        B, A = zip(*pairs.values(), strict=True)
+        old = out.get(name)
+        o, d = (len(old.mean_B), len(old.mean_A)) if old else (len(B[0]), A[0].shape[-1])
+        m = sum(_rank(*pair, o, d, f"adapter {i}, {name!r}: ") for i, pair in pairs.items())
+        empty = (A[0].new_zeros(size) for size in ((0, d), (0, o), d, o, 0, 0))
+        old = old or Subspace(*empty, 0, k, center)
+        sides = _grow(old, "A", A) | _grow(old, "B", [columns.T for columns in B])
+        out[name] = replace(old, count=old.count + m, **sides)
     return out
 
 
-def _fits(B: Tensor, A: Tensor, o: int, d: int, what: str = "") -> None:
-    if B.shape != (o, len(A)) or A.shape != (len(A), d):
-        found = f"B {tuple(B.shape)}, A {tuple(A.shape)}"
-        raise ValueError(f"{what}{found}; want ({o}, r) and (r, {d})")
-    if not B.is_meta:
-        _finite(B, f"{what}B"), _finite(A, f"{what}A")
-
-
-def _nothing(*sides: Tensor) -> list[Tensor]:
-    """V, mean and singular values of no rows, for both sides."""
-    starts = [(rows[:0], rows[0] * 0, rows[:0, 0]) for rows in sides]
-    return [start[i] for i in range(3) for start in starts]
-
-
-def _grow(old: Subspace, side: str, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
-    """V, mean, σ and dropped of one side of old after more rows (m, n).                 [step 7]"""
+def _grow(old: Subspace, side: str, rows: Iterable[Tensor]) -> dict[str, Tensor | float]:
+    """The fields of one side of old after more blocks of rows (r, n).                  [step 7]"""
     fields = "V", "mean", "singular_values", "dropped"
     V, mean, s, dropped = (getattr(old, f"{field}_{side}") for field in fields)
-    dtype, m, c, p = torch.promote_types(V.dtype, _dtype(rows)), len(rows), old.count, len(s)
-    V, mean, X, k = V.double(), mean.double(), rows.to(torch.float64, copy=True), old.k
-    shift = (X.mean(0) - mean) * old.center
-    X -= mean + shift
-    if c:
-        bridge = math.sqrt(c * m / (c + m)) * shift
-        X = torch.cat([s.double()[:, None] * V[:p], X, bridge[None]])
-        k = k if k is None or isinstance(k, float) else p
-    W, s = _top(X, k, dtype, c + m - old.center, dropped)
-    K, tol = len(W), 64 * math.sqrt(V.shape[1]) * torch.finfo(dtype).eps
-    rest = V[p:][(V[p:] @ mean).abs() <= tol * mean.norm()]  # pseudo; μ's own row has a part of μ
-    mean += shift * (m / (c + m))
-    for row in (mean, *rest):
-        new = row - row @ W.T @ W
-        new -= new @ W.T @ W
-        if new.norm() > tol * row.norm():
-            W = torch.cat([W, new[None] / new.norm()])
-    return W.to(dtype), mean.to(dtype), s[:K].to(dtype), dropped + float(s[K:].square().sum())
+    p, root = len(s), old.count**0.5
+    X = torch.cat([s[:, None] * V[:p], root * mean[None], *rows])
+    weight = torch.tensor([0] * p + [root] + [1] * (len(X) - p - 1), dtype=torch.float64)
+    k = p if old.count and isinstance(old.k, str) else old.k
+    V, mean, s = _components(X, weight, k, old.center)
+    K, tol = len(V), 64 * V.shape[1] ** 0.5 * torch.finfo(V.dtype).eps
+    if (mean - mean @ V.T @ V).norm() > tol * mean.norm():
+        V = torch.linalg.qr(torch.cat([V, mean[None]]).T).Q.T
+    values = V, mean, s[:K], dropped + float(s[K:].double().square().sum())
+    return {f"{field}_{side}": value for field, value in zip(fields, values, strict=True)}
 
 
 class EigenLoRAxLinear(nn.Module):
-    """A frozen nn.Linear plus ΔW(task) = s·V_Bᵀα_Bα_AᵀV_A; only α_A, α_B (tasks, K, r) train.
+    """A frozen nn.Linear base plus ΔW(task) = s·V_Bᵀα_Bα_AᵀV_A; only α_A, α_B (tasks, K, r) train.
 
     α_A starts Gaussian with variance 1/K, α_B at 0 (init "zero": ΔW = 0) or like α_A ("random").
-    V_A and V_B are shared by all tasks. A stand-in for base: `weight` is the merged one's.
-    Raises ValueError for shapes that do not fit and arguments out of range.
+    forward's task: an int, an int64 tensor with one per sample, or None, the attribute `task`.
+    `weight` is the merged one. Raises ValueError for shapes that do not fit, other arguments.
     >>> pair = torch.tensor([[1.0], [0.0]]), torch.tensor([[3.0, 4.0]])
     >>> layer = EigenLoRAxLinear(nn.Linear(2, 2), recycle([{"q": pair}])["q"], scaling=2.0)
     >>> layer.set_task(0, *pair)
-    >>> layer.pair()[0] @ layer.pair()[1]
-    tensor([[3., 4.],
-            [0., 0.]], grad_fn=<MmBackward0>)
+    >>> (layer.pair()[0] @ layer.pair()[1])[0].detach()
+    tensor([3., 4.])
     """
 
     def __init__(
-        self,
-        base: nn.Linear,
-        subspace: Subspace,
-        rank: int = 1,
-        tasks: int = 1,
-        scaling: float = 1.0,
-        init: str = "zero",
-        generator: Random = None,
+        self, base, subspace: Subspace, rank=1, tasks=1, scaling=1.0, init="zero", generator=None
     ) -> None:
         super().__init__()
         if not all(type(size) is int and size > 0 for size in (rank, tasks)):
             raise ValueError(f"rank = {rank!r}, tasks = {tasks!r}; want ints >= 1")
-        if not 0 < abs(scaling) < math.inf or init not in ("zero", "random"):
-            raise ValueError(
-                f"scaling {scaling!r}, init {init!r}; want finite != 0, zero or random"
-            )
-        d, o, shapes = base.in_features, base.out_features, (subspace.V_A.shape, subspace.V_B.shape)
-        if [d, o] != [n for _, n in shapes] or not all(K for K, _ in shapes):
-            raise ValueError(
-                f"V_A, V_B are {[*map(tuple, shapes)]}; want (K, {d}), (K, {o}), K >= 1"
-            )
-        self.base, self.rank, self.tasks = base.requires_grad_(False), rank, tasks
-        self.scaling, self.task = float(scaling), 0
-        for side, V in (("A", subspace.V_A), ("B", subspace.V_B)):
-            V = V.detach().to(base.weight.device, _dtype(base.weight))
-            where = generator.device if generator else V.device
-            alpha = torch.randn(
-                tasks, len(V), rank, dtype=V.dtype, device=where, generator=generator
-            )
-            alpha *= 0 if (side, init) == ("B", "zero") else len(V) ** -0.5
+        if not 0 < abs(scaling) < float("inf") or init not in ("zero", "random"):
+            raise ValueError(f"scaling {scaling}, init {init!r}; want finite != 0, zero or random")
+        for side, n in (("A", base.in_features), ("B", base.out_features)):
+            V = getattr(subspace, f"V_{side}").detach().to(base.weight.device, _dtype(base.weight))
+            if V.shape[1] != n or not len(V):
+                raise ValueError(f"V_{side} is {tuple(V.shape)}; want (K, {n}), K >= 1")
+            std = 0.0 if (side, init) == ("B", "zero") else len(V) ** -0.5
+            alpha = std * _normal((tasks, len(V), rank), V, generator)
             self.register_buffer(f"V_{side}", V)
-            setattr(self, f"alpha_{side}", nn.Parameter(alpha.to(V.device)))
-        self.train(base.training)
+            setattr(self, f"alpha_{side}", nn.Parameter(alpha))
+        self.rank, self.tasks, self.scaling, self.task = rank, tasks, float(scaling), 0
+        self.base, self.training = base.requires_grad_(False), base.training
 
     def forward(self, x: Tensor, task: int | Tensor | None = None) -> Tensor:
-        task = self.task if task is None else task
-        y, V_A, V_B = self.base(x), self.V_A.to(x.dtype), self.V_B.to(x.dtype)
-        if isinstance(task, Tensor):
-            a, b = (self._each(alpha, task, x) for alpha in (self.alpha_A, self.alpha_B))
-            z = (x @ V_A.T).reshape(len(x), -1, len(V_A))  # (batch, positions, K)
-            return y + (z @ a @ (b.mT * self.scaling) @ V_B).view_as(y)
-        a, b = (alpha[self._one(task)].to(x.dtype) for alpha in (self.alpha_A, self.alpha_B))
-        K, r, b = len(V_A), self.rank, b * self.scaling
-        if x.shape[:-1].numel() * (K - r) > K * r:  # many samples: A and B first, then x
+        y, V_A, V_B = self.base(x), self.V_A.to(x.dtype), self.scaling * self.V_B.to(x.dtype)
+        a, b = (alpha.to(x.dtype) for alpha in self._alphas(task, len(x)))
+        if a.dim() == 3:  # one task per sample
+            return y + torch.einsum("n...k,nkr,nlr->n...l", x @ V_A.T, a, b) @ V_B
+        if x.shape[:-1].numel() * (len(a) - self.rank) > a.numel():  # many: A and B first, then x
             return y + x @ (a.T @ V_A).T @ (b.T @ V_B)
         return y + x @ V_A.T @ a @ b.T @ V_B
 
-    def _each(self, alpha: Tensor, task: Tensor, x: Tensor) -> Tensor:
-        if task.shape != x.shape[:1] or task.dtype not in (torch.int64, torch.int32):
-            found = f"task {tuple(task.shape)} of {task.dtype} for x {tuple(x.shape)}"
-            raise ValueError(f"{found}; want ({len(x)},), an int64 per sample")
-        return alpha.index_select(0, task).to(x.dtype)
-
-    def _one(self, task: int | Tensor | None) -> int:
+    def _alphas(self, task: int | Tensor | None, n: int | None = None) -> Pair:
+        """α_A, α_B of one task (K, r), or of n tasks in a tensor (n, K, r)."""
         task = self.task if task is None else task
+        if isinstance(task, Tensor) and (task.shape, task.dtype) == ((n,), torch.int64):
+            return self.alpha_A.index_select(0, task), self.alpha_B.index_select(0, task)
         if type(task) is not int or not 0 <= task < self.tasks:
-            raise ValueError(f"task = {task!r:.40}; want one int from 0 to {self.tasks - 1}")
-        return task
+            raise ValueError(f"task = {task!r:.40}; want {n} or one int from 0 to {self.tasks - 1}")
+        return self.alpha_A[task], self.alpha_B[task]
 
     def pair(self, task: int | None = None) -> Pair:
         """Return the LoRA pair (B (o, r), A (r, d)) with B A = ΔW(task), s folded into B."""
-        task = self._one(task)
-        return self.V_B.T @ self.alpha_B[task] * self.scaling, self.alpha_A[task].T @ self.V_A
+        a, b = self._alphas(task)
+        return self.V_B.T @ b * self.scaling, a.T @ self.V_A
 
     @torch.no_grad()
     def set_task(self, task: int, B: Tensor, A: Tensor) -> None:
-        """Zero-shot: set α of task to the projection of the pair B (o, r), A (r, d).    [step 5]
-
-        A rank below the module's is padded with 0. Raises ValueError for one above it, shapes
-        that do not fit, nan or inf.
-        """
-        _fits(B, A, self.out_features, self.in_features)
-        task, r = self._one(task), len(A)
-        if r > self.rank:
+        """Zero-shot: set α of task to B (o, r), A (r, d) projected; ValueError if r > rank.  [5]"""
+        a, b = self._alphas(task)
+        if (r := _rank(B, A, self.out_features, self.in_features)) > self.rank:
             raise ValueError(f"the pair has rank {r}; want at most this module's {self.rank}")
-        self.alpha_A[task], self.alpha_B[task] = 0, 0
-        self.alpha_A[task, :, :r] = project(A, self.V_A).T
-        self.alpha_B[task, :, :r] = project(B.T / self.scaling, self.V_B).T
+        a[:, :r], a[:, r:] = project(A, self.V_A).T, 0
+        b[:, :r], b[:, r:] = project(B.T / self.scaling, self.V_B).T, 0
 
     def _weight(self, task: int | None = None) -> Tensor:
         """W₀ + ΔW(task) (o, d), differentiable, in the base's dtype."""
@@ -484,21 +365,16 @@ class EigenLoRAxLinear(nn.Module):
     in_features = property(lambda self: self.base.in_features, doc="d")
     out_features = property(lambda self: self.base.out_features, doc="o")
 
-    @torch.no_grad()
     def merge(self, task: int | None = None) -> nn.Linear:
         """Return a plain nn.Linear with W₀ + ΔW(task), on the base's device and in its dtype."""
-        bias = None if self.bias is None else nn.Parameter(self.bias.clone(), requires_grad=False)
-        merged = nn.Linear(self.in_features, self.out_features, False, device="meta")
-        merged.weight, merged.bias = nn.Parameter(self._weight(task), requires_grad=False), bias
-        return merged.train(self.training)
+        merged = nn.Linear(self.in_features, self.out_features, device="meta")
+        merged.weight = nn.Parameter(self._weight(task))
+        merged.bias = None if self.bias is None else nn.Parameter(self.bias.clone())
+        return merged.requires_grad_(False).train(self.training)
 
     def extra_repr(self) -> str:
-        """K of both sides, rank, tasks, scaling."""
-        K = f"K_A={len(self.V_A)}, K_B={len(self.V_B)}"
-        return f"{K}, rank={self.rank}, tasks={self.tasks}, scaling={self.scaling}"
-
-
-Modules = Mapping[str, EigenLoRAxLinear]
+        """K of both sides, rank, tasks."""
+        return f"K={len(self.V_A)}, {len(self.V_B)}, rank={self.rank}, tasks={self.tasks}"
 
 
 def _replace(model: nn.Module, targets, kinds, make) -> dict[str, nn.Module]:
@@ -522,71 +398,53 @@ def _replace(model: nn.Module, targets, kinds, make) -> dict[str, nn.Module]:
     return {name: new[layer] for name, layer in found.items()}
 
 
-def adapt(model: nn.Module, subspaces: Mapping, rank: int = 1, **kw: Any) -> Modules:
+def adapt(model: nn.Module, subspaces: Mapping, rank: int = 1, **kw) -> dict[str, nn.Module]:
     """Freeze model, replace the Linears named in subspaces, return {dotted name: module}.
 
-    A name may lack its front ("0.query" finds "layer.0.query"). kw goes to EigenLoRAxLinear.
-    Raises ValueError, changing nothing, for a name that no Linear has.
+    Names may lack their front ("0.query" finds "layer.0.query"); of several the longest counts.
+    kw: EigenLoRAxLinear's. Raises ValueError, replacing nothing, for a name that no Linear has.
     """
-    whole = {n for n, _ in model.named_modules(remove_duplicate=False) if n in subspaces}
 
-    def _make(name: str, layer: nn.Module) -> nn.Module:
+    def make(name: str, layer: nn.Linear) -> EigenLoRAxLinear:
         key = max((key for key in subspaces if f".{name}".endswith(f".{key}")), key=len)
-        other = key != name and key in whole  # key is another layer's whole name
-        return layer if other else EigenLoRAxLinear(layer, subspaces[key], rank, **kw)
+        return EigenLoRAxLinear(layer, subspaces[key], rank, **kw)
 
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    try:
-        new = _replace(model, list(subspaces), nn.Linear, _make)
-    except ValueError:
-        for p in trainable:  # a constructor may have frozen its layer before another one failed
-            p.requires_grad_(True)
-        raise
-    return {name: module for name, module in new.items() if isinstance(module, EigenLoRAxLinear)}
+    return _replace(model, list(subspaces), nn.Linear, make)
 
 
 def merge(model: nn.Module, task: int | None = None) -> nn.Module:
     """Replace every EigenLoRAxLinear of model by its `merge(task)`, in place; return the model."""
     new = {m: m.merge(task) for m in model.modules() if isinstance(m, EigenLoRAxLinear)}
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):  # all names of a shared layer
-            if child in new:
-                setattr(parent, name, new[child])
+    for parent in list(model.modules()):  # every name of a shared layer
+        parent._modules.update({n: new[m] for n, m in parent._modules.items() if m in new})
     return new.get(model, model)
 
 
 @contextmanager
-def serving(modules: Modules, task: int | Tensor | list[int]) -> Iterator[None]:
-    """Within the with block all modules serve task: an int, or one index per sample.
-
-    For whole models, whose forward cannot hand `task` on. Raises ValueError for other values.
-    """
-    before, ids = [(module, module.task) for module in modules.values()], torch.as_tensor(task)
-    last = min(module.tasks for module, _ in before) - 1
+def serving(modules: Mapping[str, EigenLoRAxLinear], task: int | Tensor | list) -> Iterator[None]:
+    """Within the block all modules serve task: an int, or one per sample; else ValueError."""
+    before, ids = {m: m.task for m in modules.values()}, torch.as_tensor(task)
+    last = min(module.tasks for module in before) - 1
     if ids.is_floating_point() or ids.dim() > 1 or not ((ids >= 0) & (ids <= last)).all():
         raise ValueError(f"task = {ids.tolist()}; want an int from 0 to {last}, or one per sample")
     try:
-        for module, _ in before:
-            module.task = ids.to(module.V_A.device) if ids.dim() else int(ids)
+        for module in before:
+            module.task = ids.to(module.V_A.device, torch.int64) if ids.dim() else int(ids)
         yield
     finally:
-        for module, old in before:
+        for module, old in before.items():
             module.task = old
 
 
-def to_peft(modules: Modules, task: int = 0, head: Tensors | None = None) -> tuple[Tensors, dict]:
-    """Return (state_dict, config dict) of one task as a plain LoRA that PEFT loads.
-
-    s is folded in, so lora_alpha = r. head {parameter name: tensor}: layers trained whole.
-    """
-    state, ranks = {}, {name: module.rank for name, module in modules.items()}
+def to_peft(modules: Mapping, task: int = 0, head: Mapping | None = None) -> tuple[dict, dict]:
+    """Return (state_dict, config) that PEFT loads as a LoRA; head: {name: parameter} beside it."""
+    prefix, state, head = "base_model.model.", {}, head or {}
     for name, module in modules.items():
         for side, factor in zip("BA", module.pair(task), strict=True):
-            state[f"{_PREFIX}{name}.lora_{side}.weight"] = factor.detach().contiguous()
-    state |= {_PREFIX + name: tensor.detach().clone() for name, tensor in (head or {}).items()}
-    r, whole = max(ranks.values()), sorted({name.rpartition(".")[0] for name in head or {}})
-    odd = {name: ranks[name] for name in sorted(ranks, key=len, reverse=True)}  # first match wins
-    odd = odd if min(ranks.values()) < r else {}
-    config = {"peft_type": "LORA", "target_modules": list(ranks), "r": r, "lora_alpha": r}
-    config |= {"rank_pattern": odd, "alpha_pattern": dict(odd), "modules_to_save": whole or None}
-    return state, config | {"lora_dropout": 0.0, "bias": "none", "inference_mode": True}
+            state[f"{prefix}{name}.lora_{side}.weight"] = factor.detach().contiguous()
+    state |= {prefix + name: tensor.detach().clone() for name, tensor in head.items()}
+    ranks = {name: modules[name].rank for name in sorted(modules, key=len, reverse=True)}
+    whole = sorted({name.rpartition(".")[0] for name in head}) or None
+    config = {"peft_type": "LORA", "target_modules": list(modules), "modules_to_save": whole}
+    r = max(ranks.values())
+    return state, config | {"r": r, "lora_alpha": r, "rank_pattern": ranks, "alpha_pattern": ranks}
