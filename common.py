@@ -8,8 +8,11 @@ from PEFT, data from `datasets` and scikit-learn, devices and processes from acc
 import ast
 import hashlib
 import json
+import math
 import os
 import platform
+import shutil
+import statistics
 import sys
 import tempfile
 import warnings
@@ -38,7 +41,7 @@ def one_line_errors(main: Callable[[], None]) -> None:
         main()
     except KeyboardInterrupt:
         sys.exit("\ninterrupted: finished runs are kept, the same command continues from them")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         text = " ".join(str(error).split())
         sys.exit(f"{Path(sys.argv[0]).name}: error: {text or type(error).__name__}")
 
@@ -47,8 +50,8 @@ def one_line_errors(main: Callable[[], None]) -> None:
 def replacing(path: str | Path):
     """Give a temporary path beside `path` that takes its place if and when the block succeeds.
 
-    Works for files and, where `path` does not exist yet, folders. Raises OSError if the folder
-    cannot be written; then, as after any error in the block, nothing is left behind.
+    For files and folders. Raises OSError if the place cannot be written; then, as after any
+    error in the block, nothing is left behind.
     """
     path = Path(path)
     try:
@@ -61,12 +64,19 @@ def replacing(path: str | Path):
     temporary.unlink()
     try:
         yield temporary
-        os.replace(temporary, path)
+        if temporary.is_dir() and path.is_dir():  # of a run that was killed, or is in parallel
+            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+            with suppress(FileNotFoundError):
+                os.replace(path, old)
+            try:
+                os.replace(temporary, path)
+            finally:
+                shutil.rmtree(old)
+        else:
+            os.replace(temporary, path)
     finally:
         if temporary.is_dir():
-            for child in sorted(temporary.rglob("*"), reverse=True):
-                child.rmdir() if child.is_dir() else child.unlink()
-            temporary.rmdir()
+            shutil.rmtree(temporary)
         temporary.unlink(missing_ok=True)
 
 
@@ -92,7 +102,7 @@ def read_json(path: str | Path):
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+        raise ValueError(f"{path} is not valid JSON ({error}); delete or mend it") from error
 
 
 def bootstrap(differences: list[float], draws: int = 10_000) -> tuple[float, float]:
@@ -102,6 +112,16 @@ def bootstrap(differences: list[float], draws: int = 10_000) -> tuple[float, flo
     pick = np.random.default_rng(0).integers(0, len(differences), (draws, len(differences)))
     low, high = np.percentile(np.asarray(differences)[pick].mean(1), [2.5, 97.5])
     return float(low), float(high)
+
+
+def over_seeds(data: dict, row: str, field: str) -> tuple[float, float]:
+    """Mean and standard deviation over seeds of a field's mean over tasks."""
+    by_seed = {}
+    for run in data["runs"]:
+        if run["row"] == row:
+            by_seed.setdefault(run["seed"], []).append(run[field])
+    means = [statistics.fmean(scores) for scores in by_seed.values()]
+    return statistics.fmean(means), statistics.stdev(means) if len(means) > 1 else 0.0
 
 
 def plotting():
@@ -170,7 +190,12 @@ class Results:
     def get(self, run: Mapping) -> dict | None:
         """The result of a run, or None if it has not finished yet."""
         file = self._file(run)
-        return read_json(file)["result"] if file.exists() else None
+        if not file.exists():
+            return None
+        found = read_json(file)
+        if not (isinstance(found, dict) and isinstance(found.get("result"), dict)):
+            raise ValueError(f"{file} holds no result; delete it, and it will be made again")
+        return found["result"]
 
     def put(self, run: Mapping, result: Mapping) -> None:
         """Keep the result of a finished run."""
@@ -185,9 +210,10 @@ def load_task(name_or_folder: str, task: str | None = None):
 
     Raises ValueError if there is no such data set.
     """
-    from datasets import disable_progress_bars, load_dataset
+    from datasets import disable_progress_bars, load_dataset, logging
 
     disable_progress_bars()
+    logging.set_verbosity(logging.CRITICAL)
     folder = Path(name_or_folder)
     try:
         if folder.is_dir():
@@ -236,7 +262,7 @@ def load_backbone(name_or_folder: str, labels: int) -> nn.Module:
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # transformers, hub and safetensors raise each their own kinds
         first = str(error).strip().partition("\n")[0]
         raise ValueError(f"backbone {name_or_folder!r}: wanted {wanted}; found {first}") from error
     head = {name for name, _ in head_of(model)}
@@ -248,6 +274,9 @@ def load_backbone(name_or_folder: str, labels: int) -> nn.Module:
             nn.init.normal_(p, std=0.02) if p.dim() > 1 else nn.init.zeros_(p)
     if missing:
         raise ValueError(f"backbone {name_or_folder!r}: found no weights for {missing[:3]}")
+    shapes = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
+    if wrong := sorted(set(shapes) - head):
+        raise ValueError(f"backbone {name_or_folder!r}: {wrong[:3]} do not fit its config.json")
     for name, p in model.named_parameters():
         if not torch.isfinite(p).all():
             raise ValueError(f"backbone {name_or_folder!r}: found a non-finite value in {name}")
@@ -316,7 +345,8 @@ class LazyAdapter(Mapping):
             shapes = {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}
         empty = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
         names = self._pairs(empty)
-        self._keys = {name: [k for k in shapes if f"{name}.lora_" in k] for name in names}
+        bare = {key: key.removeprefix("base_model.model.") for key in shapes}
+        self._keys = {n: [k for k in bare if bare[k].startswith(f"{n}.lora_")] for n in names}
 
     def _open(self):
         try:
@@ -326,9 +356,13 @@ class LazyAdapter(Mapping):
 
     def _pairs(self, tensors: dict) -> dict:
         try:
-            return eigenlorax.lora_pairs(tensors, self.config)
-        except ValueError as error:
-            raise ValueError(f"{self.file}: {error}") from error
+            pairs = eigenlorax.lora_pairs(tensors, self.config)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{self.file}, with its adapter_config.json: {error}") from error
+        for name, pair in pairs.items():
+            if not all(factor.is_meta or factor.isfinite().all() for factor in pair):
+                raise ValueError(f"{self.file}: {name} times its scaling is not finite")
+        return pairs
 
     def __getitem__(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         with self._open() as tensors:
@@ -353,8 +387,8 @@ def save_bank(path: str | Path, subspaces: Mapping, modules: Mapping) -> None:
     for name, module in modules.items():
         values = {f.name: getattr(subspaces[name], f.name) for f in fields(subspaces[name])}
         values |= {"alpha_A": module.alpha_A, "alpha_B": module.alpha_B}
-        held = {k: v.detach().contiguous() for k, v in values.items() if torch.is_tensor(v)}
-        tensors |= {f"{name}:{k}": v for k, v in held.items()}
+        held = {k: v.detach() for k, v in values.items() if torch.is_tensor(v)}
+        tensors |= {f"{name}:{k}": v.contiguous().clone() for k, v in held.items()}
         plain = {k: v for k, v in values.items() if k not in held}
         about[name] = {"scaling": module.scaling, "subspace": plain}
     with replacing(path) as temporary:
@@ -368,22 +402,26 @@ def load_bank(path: str | Path, model: nn.Module) -> tuple[dict, dict]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {})["bank"])
+            about = json.loads(file.metadata()["bank"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}
-    except (SafetensorError, OSError, KeyError) as error:
+        subspaces, alphas = {}, {}
+        for name, plain in about.items():
+            mine = {k.rpartition(":")[2]: v for k, v in tensors.items() if k.startswith(f"{name}:")}
+            alphas[name] = mine.pop("alpha_A"), mine.pop("alpha_B")
+            subspaces[name] = eigenlorax.Subspace(**mine, **plain["subspace"])
+        (tasks, rank), *others = {(len(a), a.shape[-1]) for pair in alphas.values() for a in pair}
+        scalings = {name: float(plain["scaling"]) for name, plain in about.items()}
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} is not a bank written by save_bank: {error}") from error
-    subspaces, alphas = {}, {}
-    for name, plain in about.items():
-        mine = {k.rpartition(":")[2]: v for k, v in tensors.items() if k.startswith(f"{name}:")}
-        alphas[name] = mine.pop("alpha_A"), mine.pop("alpha_B")
-        subspaces[name] = eigenlorax.Subspace(**mine, **plain["subspace"])
-    tasks, _, rank = next(iter(alphas.values()))[0].shape
-    scaling = next(iter(about.values()))["scaling"]
-    modules = eigenlorax.adapt(model, subspaces, rank, tasks=tasks, scaling=scaling)
+    bad = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
+    if bad or others:
+        raise ValueError(f"{path}: found {bad or others}; wanted finite numbers, one rank for all")
+    modules = eigenlorax.adapt(model, subspaces, rank, tasks=tasks)
     with torch.no_grad():
-        for name, (alpha_A, alpha_B) in alphas.items():
-            modules[name].alpha_A.copy_(alpha_A)
-            modules[name].alpha_B.copy_(alpha_B)
+        for name, module in modules.items():
+            module.scaling = scalings[name]
+            for alpha, value in zip((module.alpha_A, module.alpha_B), alphas[name], strict=True):
+                alpha.copy_(value)
     return subspaces, modules
 
 
@@ -416,7 +454,6 @@ def train(
     weight_decay: float = 0.01,
     warmup: float = 0.06,
     penalty: Callable[[float], torch.Tensor] | None = None,
-    after_epoch: Callable[[int], None] | None = None,
     describe: str | None = None,
 ) -> list[float]:
     """AdamW on the parameters that require grad, linear warm-up and decay; mean loss per epoch.
@@ -435,30 +472,26 @@ def train(
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
     schedule = get_linear_schedule_with_warmup(optimizer, round(warmup * steps), steps)
     model, optimizer, loader, schedule = accelerate.prepare(model, optimizer, loader, schedule)
-    losses, step, bar = (
-        [],
-        0,
-        tqdm(total=steps, desc=describe, disable=describe is None, leave=False),
-    )
-    for epoch in range(epochs):
-        model.train()
-        total = torch.zeros((), device=accelerate.device)
-        for batch in loader:
-            task_loss = model(**batch).loss
-            extra = penalty(step / steps) if penalty else 0.0
-            accelerate.backward(task_loss + extra)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            total += task_loss.detach()
-            step += 1
-            bar.update()
-        losses.append(accelerate.reduce(total, "mean").item() / len(loader))
-        if losses[-1] != losses[-1] or losses[-1] == float("inf"):
-            raise Diverged(f"found loss {losses[-1]} in epoch {epoch + 1} at learning rate {lr}")
-        if after_epoch:
-            after_epoch(epoch)
-    bar.close()
+    losses, step = [], 0
+    with tqdm(total=steps, desc=describe, disable=describe is None, leave=False) as bar:
+        for epoch in range(epochs):
+            model.train()
+            total = torch.zeros((), device=accelerate.device)
+            for batch in loader:
+                task_loss = model(**batch).loss
+                extra = penalty(step / steps) if penalty else 0.0
+                accelerate.backward(task_loss + extra)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+                total += task_loss.detach()
+                step += 1
+                bar.update()
+            losses.append(accelerate.reduce(total, "mean").item() / len(loader))
+            if not math.isfinite(losses[-1]):
+                raise Diverged(
+                    f"found loss {losses[-1]} in epoch {epoch + 1} at learning rate {lr}"
+                )
     return losses
 
 

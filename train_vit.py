@@ -21,16 +21,19 @@ the versions; the same command continues from them.
 
 import argparse
 import functools
+import math
 import os
 import signal
 import statistics
 import sys
+import threading
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from importlib import import_module
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import torch
@@ -70,7 +73,7 @@ class Config:
     rank: int = 0  # r of EigenLoRAx's coefficients
     weight_decay: float = -1.0  # of AdamW; negative: the preset's
     mixed_precision: str = "no"  # no, bf16 or fp16
-    lr: str = ""  # "ROW=RATE,…" instead of the preset's learning rates
+    lr: str = ""  # "ROW=RATE;…" instead of the preset's learning rates
     quick: bool = False  # one seed, fewer epochs
     tune: bool = False  # choose learning rates on the validation split, instead of testing
     jobs: int = 0  # runs at a time, a thread each; 0: one per core for digits, else one
@@ -80,7 +83,9 @@ class Config:
 
 PRESETS = {  # digits: chosen here, learning rates by --tune; paper: EigenLoRAx, Tables 5 and 6
     "digits": dict(seeds=3, epochs=20, batch_size=25, components=16, rank=4, weight_decay=0.01),
-    "paper": dict(seeds=5, epochs=10, batch_size=128, components=2, rank=1, weight_decay=0.1),
+    "paper": dict(
+        seeds=5, epochs=10, batch_size=128, components=2, rank=1, weight_decay=0.1, image_size=224
+    ),
 }
 LEARNING_RATES = {  # rows that name no rate of their own have that of the row they vary
     "digits": {  # figures/vit_tune.json has what they were chosen from
@@ -134,14 +139,28 @@ def complete(config: Config) -> Config:
     if config.quick:
         config = replace(config, seeds=1, epochs=max(1, config.epochs // 2))
     if not config.jobs:
-        config = replace(config, jobs=(os.cpu_count() or 1) if preset(config) == "digits" else 1)
-    for name in ("seeds", "epochs", "batch_size", "components", "rank", "subsets", "classes"):
-        if getattr(config, name) < 1:
-            raise ValueError(
-                f"found --{name.replace('_', '-')} {getattr(config, name)}; wanted 1 or more"
-            )
-    if config.table not in TABLES:
-        raise ValueError(f"found --table {config.table}; wanted one of {', '.join(TABLES)}")
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        config = replace(config, jobs=cores if preset(config) == "digits" else 1)
+    least = dict.fromkeys(("seeds", "epochs", "batch_size", "components", "rank", "jobs"), 1)
+    for name, wanted in {**least, "subsets": 2, "classes": 2, "images": 0, "image_size": 0}.items():
+        if getattr(config, name) < wanted:
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"found {option} {getattr(config, name)}; wanted {wanted} or more")
+    known = {"table": list(TABLES), "mixed_precision": ["no", "bf16", "fp16"]}
+    for name, choices in known.items():
+        if getattr(config, name) not in choices:
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"found {option} {getattr(config, name)}; wanted one of {choices}")
+    others = len(VIEWS) - 1 if preset(config) == "digits" else config.subsets - 1
+    if config.components > LORA["rank"] * others:
+        raise ValueError(
+            f"found --components {config.components}; wanted at most {LORA['rank'] * others},"
+            f" the directions of {others} adapters of rank {LORA['rank']}"
+        )
+    if config.seeds > TUNING_SEEDS[0]:
+        raise ValueError(f"found --seeds {config.seeds}; wanted at most {TUNING_SEEDS[0]}")
+    if config.out and Path(config.out).suffix != ".json":
+        raise ValueError(f"found --out {config.out}; wanted a name that ends in .json")
     return config
 
 
@@ -270,14 +289,16 @@ FIGURES = {
 def rates_of(config: Config) -> dict[str, float]:
     """Learning rate of every row: --lr, else the preset's. Raises ValueError for unknown rows."""
     rates = dict(LEARNING_RATES[preset(config)])
-    for item in filter(None, config.lr.split(",")):
-        name, _, rate = item.partition("=")
+    for item in filter(None, config.lr.split(";")):
+        name, _, rate = item.strip().rpartition("=")
         if name not in rates:
             raise ValueError(f"found row {name!r} in --lr; wanted one of {', '.join(rates)}")
         try:
             rates[name] = float(rate)
         except ValueError:
-            raise ValueError(f"found rate {rate!r} for {name} in --lr; wanted a number") from None
+            rates[name] = -1.0
+        if not 0 < rates[name] < math.inf:
+            raise ValueError(f"found rate {rate!r} for {name} in --lr; wanted a number above 0")
     return rates
 
 
@@ -323,8 +344,14 @@ def digit_task(view: str | None, seed: int | None) -> dict[str, common.ImageTask
 def class_subset(config: Config, task: str, seed: int) -> dict[str, common.ImageTask]:
     """A subset of the classes of a data set: training (less a tenth), validation (it), test."""
     data = image_data(config.data)
+    held_out = next((n for n in ("test", "validation", "valid", "val") if n in data), None)
+    if "train" not in data or held_out is None:
+        raise ValueError(f"{config.data} has the splits {list(data)}; wanted train and test")
+    columns = data["train"].features
+    image = next((n for n, f in columns.items() if type(f).__name__ == "Image"), None)
+    if image is None:
+        raise ValueError(f"{config.data} has the columns {list(columns)}; wanted one of images")
     label = label_column(data["train"], config.label)
-    image = next(n for n, f in data["train"].features.items() if type(f).__name__ == "Image")
     found = data["train"].features[label].num_classes
     if config.subsets * config.classes > found:
         raise ValueError(
@@ -337,7 +364,7 @@ def class_subset(config: Config, task: str, seed: int) -> dict[str, common.Image
     new_label[kept] = torch.arange(config.classes)
     mean, std = image_statistics(config.backbone)
     splits = {}
-    for name, source in {"train": "train", "test": next(n for n in data if n != "train")}.items():
+    for name, source in {"train": "train", "test": held_out}.items():
         labels = new_label[torch.tensor(data[source][label])]
         chosen = (labels >= 0).nonzero().squeeze(1)
         chosen = chosen[torch.randperm(len(chosen), generator=generator)]
@@ -419,7 +446,6 @@ def digits_backbone(config: Config) -> Path:
     if folder.exists():
         return folder
     set_seed(0)
-    torch.set_num_threads(1)  # as in the runs: so small a model is no faster with two
     model = ViTForImageClassification(
         ViTConfig(
             image_size=8,
@@ -438,7 +464,7 @@ def digits_backbone(config: Config) -> Path:
     common.train(
         model,
         data,
-        common.accelerator(),
+        common.accelerator(mixed_precision=config.mixed_precision),
         seed=0,
         collate=data.collate,
         describe="pretraining on upright digits",
@@ -479,9 +505,10 @@ def run(spec: dict, config: Config, backbone: str, folder: Path) -> dict:
     names = tasks(config)
     seed = 1000 * spec["seed"] + names.index(spec["task"])
     data = load(config, spec["task"], spec["seed"])
-    score = functools.partial(common.evaluate, accelerate=common.accelerator())
+    accelerate = common.accelerator(mixed_precision=config.mixed_precision)
+    score = functools.partial(common.evaluate, accelerate=accelerate)
     set_seed(seed)  # of the head
-    model = common.load_backbone(backbone, int(data["train"].labels.max()) + 1)
+    model = common.load_backbone(backbone, 10 if config.data == "digits" else config.classes)
     head = sum(p.numel() for _, p in common.head_of(model))
     trunk = model
     adapters = recycled(spec, names, folder) if "recycle" in spec else []
@@ -498,7 +525,7 @@ def run(spec: dict, config: Config, backbone: str, folder: Path) -> dict:
         losses = common.train(
             model,
             data["train"],
-            common.accelerator(mixed_precision=config.mixed_precision),
+            accelerate,
             epochs=config.epochs * spec.get("stages", 1),
             batch_size=config.batch_size,
             lr=spec["lr"],
@@ -553,9 +580,11 @@ def correlations(model, modules: dict, data: common.ImageTask) -> dict[str, list
 
 
 def quiet_single_thread() -> None:
-    """What a worker process starts with: one thread, and Ctrl-C left to its parent."""
+    """What a worker process starts with: one thread, Ctrl-C left to its parent, its end as well."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    follow = lambda: (parent_process().join(), os._exit(1))  # noqa: E731
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def finish(specs: list[dict], config: Config, backbone: str, results: common.Results) -> list[dict]:
@@ -581,9 +610,14 @@ def finish(specs: list[dict], config: Config, backbone: str, results: common.Res
                 results.put(waiting[done], done.result())
                 bar.set_description_str(title(waiting[done]))
                 bar.update()
-        except BaseException:
+        except BaseException as error:
             for process in pool._processes.values():
                 process.terminate()
+            bar.close()
+            if isinstance(error, BrokenProcessPool):
+                raise OSError(
+                    "a worker was killed (memory?); the same command continues"
+                ) from error
             raise
         finally:
             pool.shutdown(cancel_futures=True)
@@ -595,11 +629,16 @@ def prepare(config: Config) -> tuple[str, common.Results]:
     """The backbone's folder or name, and where the runs of this configuration are kept."""
     for path in filter(None, (config.out, f"{config.runs}/any")):
         common.check_writable(path)
-    backbone = str(digits_backbone(config)) if config.data == "digits" else config.backbone
+    backbone, where = config.backbone, Path(config.backbone)
+    name = str(where.resolve()) if where.is_dir() else backbone
+    if config.data == "digits":
+        torch.set_num_threads(1)  # so small a model is no faster with two; --jobs changes nothing
+        backbone = str(digits_backbone(config))
+        name = Path(backbone).name
     alike = ("table", "seeds", "lr", "quick", "tune", "jobs", "runs", "out", "components", "rank")
     settings = {k: v for k, v in asdict(config).items() if k not in alike}
     code = common.code_fingerprint(common, eigenlorax, hra, resora, sys.modules[__name__])
-    settings |= {"backbone": Path(backbone).name, "code": code, **common.environment()}
+    settings |= {"backbone": name, "code": code, **common.environment()}
     return backbone, common.Results(config.runs, "vit", settings)
 
 

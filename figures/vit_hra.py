@@ -4,23 +4,13 @@ python figures/vit_hra.py [JSON]
 The JSON is written by train_vit.py --table hra --out figures/vit_hra.json.
 """
 
-import statistics
 import sys
 from pathlib import Path
 
 import common
+from common import over_seeds
 
 LAMBDAS = ["0", "1e-6", "1e-5", "1e-4", "1e-3", "1e-2", "1e-1", "∞"]
-
-
-def over_seeds(data: dict, row: str, field: str) -> tuple[float, float]:
-    """Mean and standard deviation over seeds of a field's mean over tasks."""
-    by_seed = {}
-    for run in data["runs"]:
-        if run["row"] == row:
-            by_seed.setdefault(run["seed"], []).append(run[field])
-    means = [statistics.fmean(scores) for scores in by_seed.values()]
-    return statistics.fmean(means), statistics.stdev(means) if len(means) > 1 else 0.0
 
 
 def table(data: dict) -> str:

@@ -1,6 +1,8 @@
-"""Settings that every test shares: hypothesis profiles and one thread."""
+"""Settings that every test shares: no network, hypothesis profiles, one thread."""
 
 import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test needs a network
 
 import hypothesis
 import torch

@@ -72,6 +72,14 @@ def test_replacing_a_folder_leaves_nothing_behind_when_it_fails(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_replacing_a_folder_that_is_there_already(tmp_path):
+    for text in ("old", "new"):
+        with common.replacing(tmp_path / "folder") as temporary:
+            temporary.mkdir()
+            (temporary / text).write_text(text)
+    assert os.listdir(tmp_path) == ["folder"] and os.listdir(tmp_path / "folder") == ["new"]
+
+
 def test_a_result_that_json_cannot_hold_is_not_written(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         common.write_json(tmp_path / "a.json", {"x": float("nan")})
@@ -107,6 +115,9 @@ def test_a_damaged_result_file_is_named(tmp_path):
     file.write_text(file.read_text()[:20])
     with pytest.raises(ValueError, match=rf"{file.name} is not valid JSON"):
         results.get({"row": "a"})
+    file.write_text("{}")
+    with pytest.raises(ValueError, match=rf"{file.name} holds no result; delete it"):
+        results.get({"row": "a"})
 
 
 def test_code_fingerprint_sees_code_but_not_comments(tmp_path):
@@ -136,8 +147,7 @@ def test_backbones_load_as_float32_with_a_fresh_head(tmp_path, dtype):
     assert common.load_backbone(str(tmp_path), 5).classifier.out_features == 5
 
 
-def test_bad_backbones_are_named(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_bad_backbones_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"backbone 'nobody/no-such-model': wanted a folder"):
         common.load_backbone("nobody/no-such-model", 2)
     (tmp_path / "empty").mkdir()
@@ -157,6 +167,11 @@ def test_bad_backbones_are_named(tmp_path, monkeypatch):
     tensors[name][0, 0] = float("nan")
     save_file(tensors, weights, metadata={"format": "pt"})
     with pytest.raises(ValueError, match="found a non-finite value in"):
+        common.load_backbone(str(good), 2)
+
+    tensors[name] = torch.zeros(3, 3)
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"do not fit its config\.json"):
         common.load_backbone(str(good), 2)
 
     del tensors[name]
@@ -225,8 +240,7 @@ def test_targets_that_match_nothing_list_what_there_is():
         common.targets_of(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)))
 
 
-def test_load_task_reads_folders_and_names_what_is_wrong(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_load_task_reads_folders_and_names_what_is_wrong(tmp_path):
     import datasets
 
     (tmp_path / "data" / "cola").mkdir(parents=True)
@@ -279,6 +293,10 @@ def test_bad_adapter_folders_are_named(tmp_path):
         with pytest.raises(ValueError, match=f"{file.name} is not a whole safetensors file"):
             common.LazyAdapter(tmp_path)
     file.write_bytes(whole)
+    for text in ("[1]", '{"peft_type": "LORA", "lora_alpha": "y"}', '{"lora_alpha": NaN}'):
+        (tmp_path / "adapter_config.json").write_text(text)
+        with pytest.raises(ValueError, match="adapter_model.safetensors"):
+            next(iter(common.LazyAdapter(tmp_path).values()))
     (tmp_path / "adapter_config.json").write_text("{")
     with pytest.raises(ValueError, match=r"adapter_config\.json is not valid JSON"):
         common.LazyAdapter(tmp_path)
@@ -292,6 +310,7 @@ def test_a_bank_comes_back_as_it_was(tmp_path):
     model = tiny_vit()
     subspaces = eigenlorax.recycle(adapters, k=4)
     modules = eigenlorax.adapt(model, subspaces, rank=2, tasks=3, scaling=0.5)
+    next(iter(modules.values())).scaling = 2.0
     for task, adapter in enumerate(adapters):
         for name, module in modules.items():
             module.set_task(task, *adapter[name])
@@ -313,6 +332,10 @@ def test_a_file_that_is_no_bank_is_refused(tmp_path):
         common.load_bank(tmp_path / "other.safetensors", tiny_vit())
     with pytest.raises(ValueError, match="is not a bank"):
         common.load_bank(tmp_path / "nothing", tiny_vit())
+    for about in ("{}", "[", '{"x": {"scaling": 1, "subspace": {}}}'):
+        save_file({"x:V_A": torch.zeros(1)}, tmp_path / "b.safetensors", metadata={"bank": about})
+        with pytest.raises(ValueError, match=r"b\.safetensors is not a bank"):
+            common.load_bank(tmp_path / "b.safetensors", tiny_vit())
 
 
 # ---------------------------------------------------------------- training, scoring, methods

@@ -503,6 +503,7 @@ def test_the_symbol_table_is_true():
 
 
 def test_a_step_under_accelerate():
+    accelerate.state.AcceleratorState._reset_state(True)  # other tests have made theirs, in fp32
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
     model = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4))
     (m,) = adapt(model, ["0"], 4, generator=generator(0)).values()
@@ -511,6 +512,7 @@ def test_a_step_under_accelerate():
     accelerator.backward(model(normal(0, 5, 16, dtype=F32)).square().mean())
     optimizer.step()
     assert m.U.dtype == F32 and m.U.isfinite().all() and (m.U - U).abs().max() > 0.01
+    accelerate.state.AcceleratorState._reset_state(True)
 
 
 def test_gradient_checkpointing():

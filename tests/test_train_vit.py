@@ -25,7 +25,6 @@ def config(**options) -> train_vit.Config:
 def command(monkeypatch, *arguments: str) -> str:
     """Run the script's main on a command line that must fail; returns its one line."""
     monkeypatch.setattr(sys, "argv", ["train_vit.py", *arguments])
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(SystemExit) as end:
         common.one_line_errors(train_vit.main)
     assert isinstance(end.value.code, str) and "\n" not in end.value.code
@@ -41,9 +40,15 @@ def command(monkeypatch, *arguments: str) -> str:
         (["--backbone", "x/y"], "found --backbone x/y with --data digits; wanted both"),
         (["--epochs", "-3"], "found --epochs -3; wanted 1 or more"),
         (["--seeds", "-1"], "found --seeds -1; wanted 1 or more"),
-        (["--table", "nine"], "found --table nine; wanted one of eigenlorax"),
+        (["--table", "nine"], "found --table nine; wanted one of ['eigenlorax'"),
+        (["--jobs", "-3"], "found --jobs -3; wanted 1 or more"),
+        (["--mixed-precision", "x"], "found --mixed-precision x; wanted one of ['no'"),
+        (["--components", "21"], "found --components 21; wanted at most 20, the directions of 5"),
+        (["--seeds", "101"], "found --seeds 101; wanted at most 100"),
+        (["--out", "x.png"], "found --out x.png; wanted a name that ends in .json"),
+        (["--lr", "LoRA r=4=-1"], "found rate '-1' for LoRA r=4 in --lr; wanted a number above 0"),
         (["--lr", "LoRa=1"], "found row 'LoRa' in --lr; wanted one of Full"),
-        (["--lr", "Full=fast"], "found rate 'fast' for Full in --lr; wanted a number"),
+        (["--lr", "Full=fast"], "found rate 'fast' for Full in --lr; wanted a number above 0"),
         (["--backbone", "no/model", "--data", "no/data"], "data 'no/data': found neither"),
     ],
 )
@@ -92,6 +97,31 @@ def test_more_components_than_directions_is_an_error_that_counts_them(shared):
     with pytest.raises(ValueError, match=r"\b21\b.*\b20\b|\b20\b.*\b21\b"):
         train_vit.finish([spec], base, backbone, results)
     assert results.get(spec) is None
+
+
+def test_rates_are_set_for_names_that_hold_an_equals_sign():
+    rates = train_vit.rates_of(config(lr="LoRA r=4=0.5; HRA r=8, λ=0=0.25"))
+    assert (rates["LoRA r=4"], rates["HRA r=8, λ=0"]) == (0.5, 0.25)
+
+
+def test_backbones_of_one_name_in_two_folders_do_not_share_results(tmp_path):
+    keys = set()
+    for folder in ("a", "b"):
+        (tmp_path / folder / "model").mkdir(parents=True)
+        where = str(tmp_path / folder / "model")
+        wanted = config(backbone=where, data="x", runs=str(tmp_path / "runs"))
+        keys.add(train_vit.prepare(wanted)[1].folder)
+    assert len(keys) == 2
+
+
+def test_a_run_killed_between_its_adapter_and_its_result_is_made_again(shared):
+    results, backbone, base = shared
+    spec = train_vit.specify([train_vit.LORA], base, train_vit.rates_of(base), [0])[0]
+    before = results.get(spec)
+    results._file(spec).unlink()
+    after = train_vit.finish([spec], base, backbone, results)[0]
+    assert before == {k: after[k] for k in before}
+    assert len(common.LazyAdapter(train_vit.adapter_folder(results.folder, spec))) == 8
 
 
 def test_every_option_has_its_help(capsys):
@@ -154,6 +184,20 @@ def fake_data(tmp_path_factory) -> Path:
         rows = datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
         rows.to_parquet(folder / f"{split}.parquet")
     return folder
+
+
+def test_validation_is_never_taken_for_test(fake_data, tmp_path):
+    for split in ("train", "validation", "test"):
+        source = "train" if split == "train" else "test"
+        (tmp_path / f"{split}.parquet").write_bytes((fake_data / f"{source}.parquet").read_bytes())
+    options = dict(backbone="x", subsets=3, classes=2, image_size=4)
+    wanted = config(data=str(tmp_path), **options)
+    assert len(train_vit.load(wanted, "subset 1", 0)["test"]) == 8
+    (tmp_path / "test.parquet").unlink()
+    (tmp_path / "validation.parquet").unlink()
+    train_vit.image_data.cache_clear()
+    with pytest.raises(ValueError, match=r"has the splits \['train'\]; wanted train and test"):
+        train_vit.load(wanted, "subset 1", 0)
 
 
 def test_tasks_are_disjoint_class_subsets_that_the_seed_draws(fake_data):
@@ -237,6 +281,21 @@ def test_hra_and_resora_rows_report_what_their_figures_need(shared):
     assert len(one(shared, train_vit.resora_rows, "r=2, linear, one stage")["losses"]) == 2
 
 
+def test_mixed_precision_reaches_the_runs(shared):
+    import accelerate
+
+    _, backbone, base = shared
+    accelerate.state.AcceleratorState._reset_state(True)
+    half = replace(base, mixed_precision="bf16")
+    row = next(r for r in train_vit.eigenlorax_rows(half) if r["row"] == "Base")
+    spec = train_vit.specify([row], half, train_vit.rates_of(half), [0])[0]
+    result = train_vit.run(spec, config=half, backbone=backbone, folder=Path(half.runs))
+    accelerate.state.AcceleratorState._reset_state(True)
+    whole = train_vit.run(spec, config=base, backbone=backbone, folder=Path(base.runs))
+    difference = abs(result["losses"][0] - whole["losses"][0])
+    assert 0 < difference < 0.05  # eight bits of mantissa on a loss of about 2
+
+
 def test_an_interrupted_table_continues_and_ends_the_same(shared, monkeypatch):
     results, backbone, base = shared
     row = next(r for r in train_vit.eigenlorax_rows(base) if r["row"] == "Base")
@@ -308,8 +367,7 @@ def test_the_quick_demo_runs_as_a_user_runs_it(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not REAL, reason="REFERENCE_DATA is not set: no real backbone or images here")
-def test_a_real_backbone_and_real_images(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_a_real_backbone_and_real_images(tmp_path):
     wanted = config(
         backbone=f"{REAL}/models/dinov2-small-focus",
         data=f"{REAL}/cifar100",
