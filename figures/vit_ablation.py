@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import common
+from common import over_seeds
 
 
 def draw(source: str | Path) -> Path:
@@ -19,28 +20,30 @@ def draw(source: str | Path) -> Path:
     figure, panels = plt.subplots(2, 2, figsize=(9, 7), layout="constrained")
     (by_k, by_count), (by_noise, curves) = panels
 
-    def series(axes, pattern: str, label: str, style: str, scale: float = 1.0) -> None:
+    def series(axes, pattern: str, label: str, style: str, split: str = "test") -> None:
         found = {n: re.fullmatch(pattern, n) for n in rows}
-        points = sorted((float(m[1]) * scale, rows[n]) for n, m in found.items() if m)
+        points = sorted((float(m[1]), *over_seeds(data, n, split)) for n, m in found.items() if m)
         axes.errorbar(
-            [x for x, _ in points],
-            [100 * r["mean"] for _, r in points],
-            yerr=[100 * r["std"] for _, r in points],
+            [x for x, _, _ in points],
+            [100 * mean for _, mean, _ in points],
+            yerr=[100 * std for _, _, std in points],
             fmt=style,
+            color="0.5" if "--" in style else "black",
             capsize=2,
             label=label,
         )
 
-    series(by_k, r"K=(\d+)", "recycled", "ko-")
-    series(by_k, r"K=(\d+), random", "random subspace", "s--", 1)
+    series(by_k, r"K=(\d+)", "recycled", "o-")
+    series(by_k, r"K=(\d+)", "recycled, validation", "x:", "validation")
+    series(by_k, r"K=(\d+), random", "random subspace", "s--")
     by_k.axhline(100 * rows["LoRA r=4"]["mean"], color="0.5", linestyle=":", label="LoRA r=4")
     by_k.set(xlabel="K, principal components (r = 4)", title="Recycled against random subspace")
-    series(by_count, r"(\d) recycled", "recycled alone, K = 4n", "ko-")
+    series(by_count, r"(\d) recycled", "recycled alone, K = 4n", "o-")
     series(by_count, r"(\d) recycled, augmented", "augmented to K = 20", "s--")
     by_count.set(
         xlabel="n, recycled adapters", title="Few adapters, with and without pseudo-components"
     )
-    series(by_noise, r"noise (\d+) %", "K = 16", "ko-")
+    series(by_noise, r"noise (\d+) %", "K = 16", "o-")
     by_noise.axhline(100 * rows["K=16"]["mean"], color="0.5", linestyle=":", label="no noise")
     by_noise.set(
         xlabel="noise added to the adapters in % of their rms", title="Noise in the adapters"
