@@ -235,8 +235,21 @@ def test_readme_tables_are_those_of_the_committed_results():
     assert importlib.import_module("figures.vit_hra").table(results) in readme()
 
 
+def test_readme_cost_is_that_of_the_committed_results():
+    results = json.loads((ROOT / "figures" / "hra_cost.json").read_text(encoding="utf-8"))[
+        "results"
+    ]
+    mine = {x["contender"]: x for x in results if (x["d"], x["r"]) == (4096, 8)}
+    saved = {name: x["saved_bytes"] / mine["LoRA"]["saved_bytes"] for name, x in mine.items()}
+    ours, peft = mine["HRA, ours"]["times_lora"], mine["HRA, PEFT"]["times_lora"]
+    assert (
+        f"{ours:.2f} times LoRA's time and {saved['HRA, ours']:.2f} times its saved memory,"
+        f" PEFT's HRA {peft:.0f} times and {saved['HRA, PEFT']:.0f} times" in readme()
+    )
+
+
 @pytest.mark.parametrize(
-    "name", ["vit_digits", "vit_ablation", "vit_hra", "vit_resora", "vit_lambda"]
+    "name", ["vit_digits", "vit_tune", "vit_ablation", "vit_hra", "vit_resora", "vit_lambda"]
 )
 def test_committed_figures_are_drawn_from_their_json(name, tmp_path):
     """The same pixels but for fonts and antialiasing: mean absolute difference below 2 of 255."""
