@@ -227,16 +227,8 @@ def hra_rows(config: Config) -> list[dict]:
     return rows
 
 
-LAMBDAS = {  # of ReSoRA on digits, by --table resora-lambda
-    ("euclidean", "feature"): 1e-2,
-    ("cosine", "feature"): 1e-2,
-    ("linear", "feature"): 1e-2,
-    ("nonlinear", "feature"): 1e-2,
-    ("euclidean", "weight"): 1e-2,
-    ("cosine", "weight"): 1e-2,
-    ("linear", "weight"): 1e-2,
-    ("nonlinear", "weight"): 1e-2,
-}
+# λ of ReSoRA: the same for all, not tuned; --table resora-lambda is there to choose by validation
+LAMBDAS = {(metric, level): 1e-2 for level in ("feature", "weight") for metric in resora.METRICS}
 
 
 def _resora(name: str, rank: int, **options) -> dict:
