@@ -17,9 +17,9 @@ Symbols: one frozen Linear with weight W₀ (o, d); m is the sum of the recycled
   σ     | singular_values | (min(m, n),)  | of the rows, descending; a Subspace keeps the first K
   P     | pseudo          | number        | random directions appended to V       [Algorithm 1]
   s     | scaling         | number        | LoRA's α/r; 1, as `lora_pairs` folds it into B
+
 Derivation
-  1. ΔW = BA = Σⱼ bⱼaⱼᵀ reads x through rows aⱼ of A and writes through columns bⱼ of B: what
-     adapters can share. Per module and side, stack them as the rows of X.
+  1. BA = Σⱼ bⱼaⱼᵀ reads through rows of A, writes through columns of B: stack either as rows of X.
   2. X = UΣVᵀ. No K directions leave less of X than the first K right singular vectors, from
      here on the rows of V: ‖X − XVᵀV‖² = Σ_{i>K} σᵢ².                        [Eckart–Young]
   3. XXᵀ = UΣ²Uᵀ, XᵀX = VᵀΣ²V: the smaller Gram matrix has every σ, and V = Σ⁻¹UᵀX. Squaring
@@ -49,7 +49,8 @@ Cost      components O(mn·min(m, n)) once; forward of N samples O(min(NK, (N + 
           T tasks hold K·(d + o) + 2TKr numbers, LoRA Tr·(d + o).
 Differs from the paper: adapters are stacked as rows (as columns, V has another length); centring is
           an option and its mean stays in V; no randomised SVD; α_B starts at 0, not random.
-Differs from the authors' code: there α starts uniform in ±½, scaling is ignored, the mean is lost.
+Differs from the authors' code: there α starts uniform in ±½, LoRA's scaling is ignored, the mean
+          lost, P uniform in 0..1, and every task has its own V. Written from the paper alone.
 """
 
 import re
@@ -158,8 +159,7 @@ def project(rows: Tensor, V: Tensor, mean: Tensor | None = None) -> Tensor:
 
 def reconstruct(alpha: Tensor, V: Tensor, mean: Tensor | None = None) -> Tensor:
     """Return the rows (m, n) that coefficients alpha (m, K) on V (K, n) stand for.
-    >>> V = torch.tensor([[0.6, 0.8]])
-    >>> reconstruct(project(torch.tensor([[5.0, 10.0]]), V), V)
+    >>> reconstruct(torch.tensor([[11.0]]), torch.tensor([[0.6, 0.8]]))
     tensor([[6.6000, 8.8000]])
     """
     return alpha @ V if mean is None else alpha @ V + mean
@@ -245,7 +245,7 @@ def recycle(
     tensor([[0.6000, 0.8000]])
     """
     found = update({}, adapters, k, center)
-    for s in found.values():
+    for s in found.values() if pseudo else ():
         s.V_A, s.V_B = augment(s.V_A, pseudo, generator), augment(s.V_B, pseudo, generator)
     return found
 
