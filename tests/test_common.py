@@ -1,11 +1,7 @@
 """common.py: files, backbones, tasks, adapters on disk, training and scoring."""
 
-import json
 import os
 import pickle
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -439,53 +435,3 @@ def test_methods_train_their_own_numbers_and_the_head(row, count):
 def test_an_unknown_method_is_an_error():
     with pytest.raises(ValueError, match="found method 'dora'; wanted one of"):
         common.build(tiny_vit(), {"method": "dora"}, seed=0)
-
-
-@pytest.mark.slow
-def test_two_processes_equal_one(tmp_path):
-    """The same global batch on two gloo processes gives the same weights to rounding."""
-    script = tmp_path / "script.py"
-    script.write_text(
-        textwrap.dedent(
-            """
-            import sys
-            import torch
-            import common
-            from tests.test_common import tiny_task, tiny_vit
-
-            accelerate, data, model = common.accelerator(cpu=True), tiny_task(24), tiny_vit()
-            options = dict(epochs=3, batch_size=8, lr=1e-2, seed=3, collate=data.collate)
-            losses = common.train(model, data, accelerate, **options)
-            score = common.evaluate(model, data, accelerate, collate=data.collate)
-            if accelerate.is_main_process:
-                out = [accelerate.num_processes, losses, score, model.classifier.weight.tolist()]
-                print("RESULT", __import__("json").dumps(out))
-            """
-        )
-    )
-    outputs = []
-    root = Path(__file__).parents[1]
-    for launch in (
-        [sys.executable],
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node",
-            "2",
-            "--master_port",
-            "0",
-        ],
-    ):
-        env = {**os.environ, "PYTHONPATH": str(root), "ACCELERATE_USE_CPU": "true"}
-        done = subprocess.run(
-            [*launch, str(script)], env=env, capture_output=True, text=True, cwd=tmp_path
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        line = next(x for x in done.stdout.splitlines() if x.startswith("RESULT"))
-        outputs.append(json.loads(line.removeprefix("RESULT")))
-    (one, losses, score, weight), (two, losses2, score2, weight2) = outputs
-    assert (one, two) == (1, 2)
-    np.testing.assert_allclose(losses2, losses, rtol=1e-4)  # nine AdamW steps in float32
-    np.testing.assert_allclose(weight2, weight, atol=1e-4)
-    assert score == score2

@@ -359,7 +359,7 @@ def omega(beta):
     return math.sqrt(cut / t[torch.searchsorted(mass, mass[-1] / 2)].item())
 
 
-@given(SEED, st.integers(0, 3), st.integers(60, 90), st.integers(60, 160), st.booleans())
+@given(SEED, st.integers(1, 3), st.integers(60, 90), st.integers(60, 160), st.booleans())
 @settings(max_examples=8)
 def test_E11_k_by_explained_variance_and_by_gavish_donoho(seed, r, m, n, center):
     generator = seeded(seed)
@@ -367,23 +367,17 @@ def test_E11_k_by_explained_variance_and_by_gavish_donoho(seed, r, m, n, center)
     # signal at 3 times the edge √m + √n of the noise; ω·median lies between 1.02 and 1.6 edges
     strong = 3 * (math.sqrt(m) + math.sqrt(n))
     rows = noise + planted(generator, m, n, [strong * (1 + i) for i in range(r)], torch.float64)
-    if r:
-        V, _, s = principal_components(rows, "gavish-donoho", center)
-        assert len(V) == r
-        assert choose_k(s, "gavish-donoho", (m, n)) == r
-    else:
-        with pytest.raises(ValueError, match="'gavish-donoho' means 0"):
-            principal_components(rows, "gavish-donoho", center)
+    V, _, s = principal_components(rows, "gavish-donoho", center)
+    assert len(V) == r
+    assert choose_k(s, "gavish-donoho", (m, n)) == r
     exact = torch.linalg.svdvals(rows - rows.mean(0) * center).square()
     for part in (0.01, 0.5, 0.9, 0.99):
         K = next(K for K in range(1, m + 1) if exact[:K].sum() >= part * exact.sum())
         assert len(principal_components(rows, part, center)[0]) == K
     assert len(principal_components(rows, 1.0, center)[0]) <= min(m - center, n)
     for part in (50, 300, 700, 1000):  # the fit of ω(β) is good to 0.02
-        shape, above, one = (part, 1000), omega(part / 1000) + 0.02, torch.ones(9)
-        assert choose_k(torch.cat([above * one[:1], one]), "gavish-donoho", shape) == 1
-        with pytest.raises(ValueError, match="'gavish-donoho' means 0"):
-            choose_k(torch.cat([(above - 0.04) * one[:1], one]), "gavish-donoho", shape)
+        near = torch.tensor([0.02, -0.02]) + omega(part / 1000)  # the median is 1
+        assert choose_k(torch.cat([near, torch.ones(9)]), "gavish-donoho", (part, 1000)) == 1
 
 
 @given(SEED, st.integers(1, 4), st.integers(1, 6), st.sampled_from([(), (1,), (5,), (2, 3)]))
@@ -527,6 +521,10 @@ PAIR = torch.ones(4, 2), torch.ones(2, 3)
         (
             lambda: principal_components(torch.ones(3)),
             r"rows \(3,\) sums to 3.0; want finite \(m, n\)",
+        ),
+        (
+            lambda: principal_components(normal(seeded(0), 60, 90), "gavish-donoho", False),
+            "k = 'gavish-donoho' means 0; want a rule or 1 to 60, numerical rank",
         ),
         (lambda: choose_k(torch.ones(3), 0, (3, 4)), "k = 0 means 0; want a rule or 1 to 3"),
         (lambda: choose_k(torch.ones(3), -1, (3, 4)), "k = -1 means -1; want a rule or 1 to 3"),
