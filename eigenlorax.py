@@ -79,10 +79,10 @@ def principal_components(rows: Tensor, k: Rule = None, center: bool = True) -> t
 
 def _components(rows: Tensor, weight: Tensor, k: Rule, center: bool) -> tuple[Tensor, ...]:
     """The same for rows that are weight (m,) times what the mean is taken of.          [step 7]"""
-    X, dtype = rows.to(torch.float64, copy=True), _dtype(rows)
-    (m, n), w = X.shape, weight.to(X)  # if centred, one row follows from the others
-    mean, count = w @ X / (w @ w) * center, round(float(w @ w)) - center
-    X -= w[:, None] * mean
+    X, w, dtype = rows.double(), weight.to(rows.device, torch.float64), _dtype(rows)
+    (m, n), count = X.shape, round(float(w @ w)) - center  # centred, one row follows from others
+    mean = w @ X / (w @ w) if center else X.new_zeros(n)
+    X = X - w[:, None] * mean if center else X
     if dtype == torch.float64:
         _, s, V = torch.linalg.svd(X, full_matrices=False)
     else:
@@ -205,8 +205,8 @@ def lora_pairs(state_dict: Mapping[str, Tensor], config: Mapping | None = None) 
 
 
 def _rank(B: Tensor, A: Tensor, o: int, d: int, at: str = "") -> int:
-    """Return the rank r of finite B (o, r), A (r, d). Raises ValueError for anything else."""
-    if _finite(B, f"{at}B").shape != (o, len(A)) or _finite(A, f"{at}A").shape != (len(A), d):
+    """Return the rank r > 0 of finite B (o, r), A (r, d). Raises ValueError for anything else."""
+    if _finite(B, f"{at}B").shape != (o, len(A)) or _finite(A, f"{at}A").shape != (len(A) or 1, d):
         raise ValueError(f"{at}B {tuple(B.shape)}, A {tuple(A.shape)}; want ({o}, r) and (r, {d})")
     return len(A)
 
@@ -372,10 +372,6 @@ class EigenLoRAxLinear(nn.Module):
         merged.bias = None if self.bias is None else nn.Parameter(self.bias.clone())
         return merged.requires_grad_(False).train(self.training)
 
-    def extra_repr(self) -> str:
-        """K of both sides, rank, tasks."""
-        return f"K={len(self.V_A)}, {len(self.V_B)}, rank={self.rank}, tasks={self.tasks}"
-
 
 def _replace(model: nn.Module, targets, kinds, make) -> dict[str, nn.Module]:
     """Freeze `model`, put make(name, layer) for each layer whose dotted name ends in a target."""
@@ -401,15 +397,18 @@ def _replace(model: nn.Module, targets, kinds, make) -> dict[str, nn.Module]:
 def adapt(model: nn.Module, subspaces: Mapping, rank: int = 1, **kw) -> dict[str, nn.Module]:
     """Freeze model, replace the Linears named in subspaces, return {dotted name: module}.
 
-    Names may lack their front ("0.query" finds "layer.0.query"); of several the longest counts.
-    kw: EigenLoRAxLinear's. Raises ValueError, replacing nothing, for a name that no Linear has.
+    A name that no Linear has may lack its front ("0.query" finds "layer.0.query"); of several the
+    longest counts. kw: EigenLoRAxLinear's. ValueError, replacing nothing, for a name not found.
     """
+    own = {name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
 
-    def make(name: str, layer: nn.Linear) -> EigenLoRAxLinear:
+    def make(name: str, layer: nn.Linear) -> nn.Module:
+        """The adapted layer; the layer itself where the name is another's whole name."""
         key = max((key for key in subspaces if f".{name}".endswith(f".{key}")), key=len)
-        return EigenLoRAxLinear(layer, subspaces[key], rank, **kw)
+        return layer if key in own - {name} else EigenLoRAxLinear(layer, subspaces[key], rank, **kw)
 
-    return _replace(model, list(subspaces), nn.Linear, make)
+    new = _replace(model, list(subspaces), nn.Linear, make)
+    return {name: m for name, m in new.items() if isinstance(m, EigenLoRAxLinear)}
 
 
 def merge(model: nn.Module, task: int | None = None) -> nn.Module:

@@ -52,10 +52,8 @@ needs no gradient (a first layer), LoRA's backward skips the base and HRA's cann
 Differs from the paper: all reflections at once where Eq. 2 takes one after the other; columns of
 any length, which changes the size of a step, not the function; a start as in the authors' NLU code,
 whose learning rates then fit. The caller sums Eq. 6: sum(m.penalty() for m in modules.values()).
-
 Differs from the authors' code: it multiplies r dense d×d matrices, leaves the penalty's norm
-unsquared, runs Gram–Schmidt on equal columns (0/0), and in its LLaMA part reflects the output and
-adds an ε to the lengths.
+unsquared, runs Gram–Schmidt on equal columns (0/0); its LLaMA part reflects the output, with an ε.
 """
 
 import functools
@@ -72,6 +70,7 @@ def _full_precision(f: Callable) -> Callable:
 
     @functools.wraps(f)
     def wrapped(X: Tensor, *args):
+        """f with autocast off."""
         kind = "cpu" if X.device.type == "meta" else X.device.type
         with torch.autocast(kind, enabled=False):
             return f(X, *args)
@@ -393,6 +392,7 @@ def adapt(model: nn.Module, targets: str | list[str], rank: int = 8, **kw) -> di
     """
 
     def make(name: str, layer: nn.Module) -> HRALinear:
+        """The adapted layer."""
         try:
             return (HRAConv2d if isinstance(layer, nn.Conv2d) else HRALinear)(layer, rank, **kw)
         except ValueError as error:

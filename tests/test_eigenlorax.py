@@ -621,6 +621,21 @@ def test_adapt_finds_names_without_their_front_and_takes_the_longest():
     assert torch.equal(adapt(model, {"0": subspaces["0"]})["b.0"].V_A, subspaces["0"].V_A)
 
 
+def test_a_whole_name_is_that_layer_and_no_other():
+    generator = seeded(0)
+    model = nn.ModuleDict({"a": nn.Sequential(nn.Linear(6, 6)), "0": nn.Linear(6, 6)})
+    subspaces = recycle(some_adapters(generator, [2], {"0": (6, 6)}, torch.float32))
+    modules = adapt(model, subspaces)
+    assert list(modules) == ["0"] and model["0"] is modules["0"]
+    assert type(model["a"][0]) is nn.Linear and not model["a"][0].weight.requires_grad
+
+
+def test_a_pair_without_a_component_is_refused():
+    empty = torch.zeros(5, 0), torch.zeros(0, 6)
+    with pytest.raises(ValueError, match=r"adapter 1, 'q': B \(5, 0\), A \(0, 6\); want"):
+        recycle([{"q": (torch.ones(5, 1), torch.ones(1, 6))}, {"q": empty}])
+
+
 def test_merge_of_a_model_replaces_shared_layers_once():
     model, adapters = mlp(seeded(0))
     modules = adapt(model, recycle(adapters, k=2), rank=2, init="random")
@@ -646,7 +661,6 @@ def test_drop_in_attributes_copy_pickle_and_state_dict():
     assert set(module.state_dict()) == {
         *("base.weight", "base.bias", "V_A", "V_B", "alpha_A", "alpha_B"),
     }
-    assert repr(module).startswith("EigenLoRAxLinear(\n  K=4, 4, rank=2, tasks=2")
     x = normal(seeded(1), 3, 9)
     stored = io.BytesIO()
     torch.save(module, stored)

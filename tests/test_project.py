@@ -102,7 +102,7 @@ def test_public_things_have_docstrings(name):
                 isinstance(d, ast.Name) and d.id == "property"
                 for d in getattr(node, "decorator_list", [])
             )
-            inner = node.name in ("forward", "make", "record", "add", "fit", "rate", "wrapped")
+            inner = node.name in ("forward", "record", "add", "rate")
             assert ast.get_docstring(node) or inner or simple, f"{name}.{node.name}"
 
 
