@@ -26,6 +26,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader, Dataset
 
 import eigenlorax
@@ -371,6 +372,9 @@ class LazyAdapter(Mapping):
     def __iter__(self):
         return iter(self._keys)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._keys  # without reading anything
+
     def __len__(self) -> int:
         return len(self._keys)
 
@@ -545,6 +549,17 @@ def _peft(model: nn.Module, row: Mapping, seed: int) -> nn.Module:
     return peft.get_peft_model(model, config)
 
 
+class Below(nn.Module):
+    """Puts trained rows below fixed ones."""
+
+    def __init__(self, fixed: torch.Tensor):
+        super().__init__()
+        self.register_buffer("fixed", fixed)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.fixed, rows])
+
+
 def _eigenlorax(model: nn.Module, row: Mapping, generator, adapters: list[Mapping]) -> dict:
     k = row["components"]
     options = {"rank": row["rank"], "generator": generator}
@@ -564,6 +579,11 @@ def _eigenlorax(model: nn.Module, row: Mapping, generator, adapters: list[Mappin
     if row.get("frozen"):
         options["init"] = "random"
     modules = eigenlorax.adapt(model, subspaces, **options)
+    if free := row.get("free"):  # the last rows of V train as well
+        for module, side in ((m, side) for m in modules.values() for side in ("V_A", "V_B")):
+            V = module._buffers.pop(side)
+            module.register_parameter(side, nn.Parameter(V[-free:].contiguous()))
+            parametrize.register_parametrization(module, side, Below(V[:-free]), unsafe=True)
     if row.get("frozen"):
         for module in modules.values():
             module.requires_grad_(False)

@@ -316,7 +316,7 @@ class EigenLoRAxLinear(nn.Module):
                 raise ValueError(f"V_{side} is {tuple(V.shape)}; want (K, {n}), K >= 1")
             std = 0.0 if (side, init) == ("B", "zero") else len(V) ** -0.5
             alpha = std * _normal((tasks, len(V), rank), V, generator)
-            self.register_buffer(f"V_{side}", V)
+            self.register_buffer(f"V_{side}", V.contiguous())
             setattr(self, f"alpha_{side}", nn.Parameter(alpha))
         self.rank, self.tasks, self.scaling, self.task = rank, tasks, float(scaling), 0
         self.base, self.training = base.requires_grad_(False), base.training

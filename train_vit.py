@@ -4,7 +4,7 @@
 
     python train_vit.py                         recycle adapters on real handwritten digits
     python train_vit.py --quick                 the same in a minute: one seed, fewer epochs
-    python train_vit.py --table hra             another table: hra, resora, ablation …
+    python train_vit.py --table hra             another table of rows; --help lists them
     python train_vit.py --backbone google/vit-base-patch16-224 --data cifar100
                                                 the setting of EigenLoRAx, Table 1
 
@@ -58,7 +58,7 @@ VIEWS = {
 class Config:
     """What a run depends on, and what a user may set. 0 or "" stands for the preset's value."""
 
-    table: str = "eigenlorax"  # which rows: eigenlorax, ablation, hra, resora or resora-lambda
+    table: str = "eigenlorax"  # eigenlorax, eigenlorax-ablation, hra, resora or resora-lambda
     backbone: str = "digits"  # digits, a hub name, or a folder in the hub's layout
     data: str = "digits"  # digits, a hub name, or a folder in the hub's layout
     label: str = ""  # column of the class, where a data set has several
@@ -137,7 +137,7 @@ def complete(config: Config) -> Config:
     filled = {k: v for k, v in PRESETS[preset(config)].items() if getattr(config, k) == unset[k]}
     config = replace(config, **filled)
     if config.quick:
-        config = replace(config, seeds=1, epochs=max(1, config.epochs // 2))
+        config = replace(config, seeds=1, epochs=max(1, config.epochs // 3))
     if not config.jobs:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         config = replace(config, jobs=cores if preset(config) == "digits" else 1)
@@ -172,6 +172,7 @@ def row(name: str, method: str, **options) -> dict:
     return {"row": name, "method": method, **options}
 
 
+NEEDS = {"recycle", "start"}  # what a row builds on: its adapters, or the state it goes on from
 LORA = row("LoRA r=4", "lora", rank=4)  # its adapters are the ones that EigenLoRAx recycles
 
 
@@ -195,7 +196,7 @@ def eigenlorax_rows(config: Config) -> list[dict]:
 
 
 def ablation_rows(config: Config) -> list[dict]:
-    """EigenLoRAx against K, r, the number of recycled adapters, and noise added to them."""
+    """EigenLoRAx against K, r, the number of recycled adapters, noise in them, and its recipes."""
     mine = lambda k, r, **o: dict(method="eigenlorax", components=k, rank=r, **o)  # noqa: E731
     rows = [LORA, row("PiSSA r=4", "pissa", rank=4), row("VeRA", "vera", rank=64)]
     for k in (1, 2, 4, 8, 12, 16, 20):
@@ -211,6 +212,12 @@ def ablation_rows(config: Config) -> list[dict]:
     for noise in (0.05, 0.15, 0.3, 1.0):
         name = f"noise {100 * noise:.0f} %"
         rows.append(row(name, **mine(16, 4, noise=noise), recycle=LORA, rate="EigenLoRAx"))
+    recycled = dict(**mine(16, 4), recycle=LORA, rate="EigenLoRAx")
+    start = row("K=16", **recycled)
+    rows.append(row("components trained too", **recycled, free=16))
+    rows.append(row("4 free directions added", **recycled, pseudo=4, free=4))
+    rows.append(row("coefficients twice as long", **recycled, start=start))
+    rows.append(row("coefficients, then components too", **recycled, start=start, free=16))
     return rows
 
 
@@ -264,14 +271,14 @@ def resora_lambda_rows(config: Config) -> list[dict]:
 
 TABLES = {
     "eigenlorax": eigenlorax_rows,
-    "ablation": ablation_rows,
+    "eigenlorax-ablation": ablation_rows,
     "hra": hra_rows,
     "resora": resora_rows,
     "resora-lambda": resora_lambda_rows,
 }
 FIGURES = {
     "eigenlorax": "vit_digits",
-    "ablation": "vit_ablation",
+    "eigenlorax-ablation": "vit_ablation",
     "hra": "vit_hra",
     "resora": "vit_resora",
     "resora-lambda": "vit_lambda",
@@ -298,11 +305,21 @@ def specify(rows: list[dict], config: Config, rates: dict, seeds: Iterable[int])
     """Every run of the rows: row × task × seed, with its learning rate."""
 
     def rate(r: dict) -> dict:
-        kept = {k: v for k, v in r.items() if k != "rate"}
+        """The row with its rate, and so the rows that it builds on."""
+        kept = {k: v for k, v in r.items() if k != "rate"} | {k: rate(r[k]) for k in NEEDS & set(r)}
         return {**kept, "lr": rates[r.get("rate", r["row"])]}
 
-    rated = [rate(r) | {k: rate(r[k]) for k in ("recycle", "start") if k in r} for r in rows]
+    rated = [rate(r) for r in rows]
     return [{**r, "task": t, "seed": s} for s in seeds for t in tasks(config) for r in rated]
+
+
+def waves(specs: list[dict]) -> list[list[dict]]:
+    """The runs in groups, each of which builds on the groups before it and not on itself."""
+    depth = lambda row: max((1 + depth(row[k]) for k in NEEDS & set(row)), default=0)  # noqa: E731
+    groups = {}
+    for spec in specs:
+        groups.setdefault(depth(spec), []).append(spec)
+    return [group for _, group in sorted(groups.items())]
 
 
 # ---------------------------------------------------------------- tasks
@@ -539,10 +556,11 @@ def run(spec: dict, config: Config, backbone: str, folder: Path) -> dict:
     if spec["method"] == "hra":  # ‖I − ÛᵀÛ‖_F, mean over layers
         orthogonality = [module.penalty().sqrt().item() for module in modules.values()]
         result["orthogonality"] = statistics.fmean(orthogonality)
-    if spec["method"] == "resora":
+    if spec["method"] in ("eigenlorax", "resora"):  # what a second stage starts from
         with common.replacing(adapter_folder(folder, spec)) as temporary:
             temporary.mkdir()
             save_file({n: p.data for n, p in trainable.items()}, temporary / "state.safetensors")
+    if spec["method"] == "resora":
         result["correlations"] = correlations(model, modules, data["validation"])
     if config.data == "digits":  # what the adapted trunk still knows of the upright digits
         trunk.classifier.load_state_dict(load_file(Path(backbone) / "head.safetensors"))
@@ -573,7 +591,10 @@ def correlations(model, modules: dict, data: common.ImageTask) -> dict[str, list
 
 def quiet_single_thread() -> None:
     """What a worker process starts with: one thread, Ctrl-C left to its parent, its end as well."""
+    from tqdm.auto import tqdm
+
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore that a killed process leaks
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     follow = lambda: (parent_process().join(), os._exit(1))  # noqa: E731
     threading.Thread(target=follow, daemon=True).start()
@@ -583,7 +604,7 @@ def finish(specs: list[dict], config: Config, backbone: str, results: common.Res
     """The results of all runs, in order: those on disk as they are, the others made now."""
     from tqdm.auto import tqdm
 
-    missing = [spec for spec in specs if results.get(spec) is None]
+    missing = [spec for wave in waves(specs) for spec in wave if results.get(spec) is None]
     work = functools.partial(run, config=config, backbone=backbone, folder=results.folder)
     bar = tqdm(total=len(specs), initial=len(specs) - len(missing), unit="run")
     title = lambda spec: f"{spec['row']}, {spec['task']}, seed {spec['seed']}"  # noqa: E731
@@ -597,11 +618,12 @@ def finish(specs: list[dict], config: Config, backbone: str, results: common.Res
             min(config.jobs, len(missing)), get_context("spawn"), quiet_single_thread
         )
         try:
-            waiting = {pool.submit(work, spec): spec for spec in missing}
-            for done in as_completed(waiting):
-                results.put(waiting[done], done.result())
-                bar.set_description_str(title(waiting[done]))
-                bar.update()
+            for wave in waves(missing):
+                waiting = {pool.submit(work, spec): spec for spec in wave}
+                for done in as_completed(waiting):
+                    results.put(waiting[done], done.result())
+                    bar.set_description_str(title(waiting[done]))
+                    bar.update()
         except BaseException as error:
             for process in pool._processes.values():
                 process.terminate()
@@ -675,21 +697,14 @@ def compare(config: Config) -> None:
     specs = specify(TABLES[config.table](config), config, rates_of(config), range(config.seeds))
     backbone, results = prepare(config)
     out = Path(config.out or results.folder / f"{FIGURES[config.table]}.json")
-    first = [s for s in specs if not {"recycle", "start"} & set(s)]  # what the others build on
-    finish(first, config, backbone, results)
     runs = finish(specs, config, backbone, results)
     rows = summary(runs)
-    common.write_json(
-        out,
-        {
-            "config": asdict(config),
-            "environment": common.environment(),
-            "rows": rows,
-            "runs": runs,
-        },
-    )
+    about = {"config": asdict(config), "environment": common.environment()}
+    common.write_json(out, {**about, "rows": rows, "runs": runs})
     print(as_table(rows))
     print(f"\nAccuracy in per cent on the test split, mean over {config.seeds} seed(s).")
+    if hasattr(figure, "table"):
+        print(figure.table({"rows": rows, "runs": runs}))
     print(f"{out}\n{figure.draw(out)}")
 
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import common
+from resora import METRICS
 
 RANKS = (2, 4, 8)
 
@@ -16,6 +17,42 @@ RANKS = (2, 4, 8)
 def scores(data: dict, row: str) -> dict[tuple, float]:
     """{(task, seed): test accuracy} of a row."""
     return {(r["task"], r["seed"]): r["test"] for r in data["runs"] if r["row"] == row}
+
+
+def gain(data: dict, rows: list[str], others: list[str]) -> tuple[float, float, float]:
+    """Mean accuracy of `rows` minus that of `others`, in points, and its 95 % interval.
+
+    The differences are paired by task and seed.
+    """
+
+    def mean(names: list[str]) -> list[float]:
+        runs = zip(*(scores(data, name).values() for name in names), strict=True)
+        return [100 * statistics.fmean(run) for run in runs]
+
+    differences = [a - b for a, b in zip(mean(rows), mean(others), strict=True)]
+    return statistics.fmean(differences), *common.bootstrap(differences)
+
+
+def table(data: dict) -> str:
+    """What was asked, the paired difference, and what it says, as a Markdown table."""
+    levels, others = ("feature", "weight"), [m for m in METRICS if m != "linear"]
+    asked = [
+        ("paper: R on the second stage beats the same epochs without", "linear, feature", ["λ=0"]),
+        ("paper: linear is the best metric", "linear, feature", [f"{m}, feature" for m in others]),
+        ("control: re-gauging by SVD beats doing nothing", "re-gauged", ["λ=0"]),
+        ("open: two stages beat one with a warm-up of λ", "linear, feature", ["linear, one stage"]),
+    ]
+    lines = [
+        (q, r, [f"r={r}, {a}"], [f"r={r}, {b}" for b in bs]) for q, a, bs in asked for r in RANKS
+    ]
+    both = [[f"r=4, {m}, {level}" for m in METRICS] for level in levels]
+    lines.insert(len(RANKS), ("paper: feature level beats weight level (four metrics)", 4, *both))
+    out = ["| | r | difference in points | |", "|---|---:|---:|---|"]
+    for question, r, rows, others in lines:
+        mean, low, high = gain(data, rows, others)
+        verdict = "supported here" if low > 0 else "the reverse here" if high < 0 else "undecided"
+        out.append(f"| {question} | {r} | {mean:+.2f} [{low:+.2f}, {high:+.2f}] | {verdict} |")
+    return "\n".join(out)
 
 
 def redundancy(data: dict, row: str):
@@ -35,14 +72,11 @@ def draw(source: str | Path) -> Path:
     panels = top.subplots(1, len(RANKS), sharex=True)
     for axes, rank in zip(panels, RANKS, strict=True):
         names = [r["row"] for r in data["rows"] if r["row"].startswith(f"r={rank}, ")]
-        control = scores(data, f"r={rank}, λ=0")
         names = [n for n in names if not n.endswith(("stage 1", "λ=0"))]
         for i, name in enumerate(names):
-            mine = scores(data, name)
-            low, high = common.bootstrap([mine[key] - control[key] for key in control])
-            mean = statistics.fmean(mine[key] - control[key] for key in control)
-            axes.plot([100 * low, 100 * high], [i, i], "k-")
-            axes.plot(100 * mean, i, "ko" if "level" not in name else "ks")
+            mean, low, high = gain(data, [name], [f"r={rank}, λ=0"])
+            axes.plot([low, high], [i, i], "k-")
+            axes.plot(mean, i, "ko")
         axes.axvline(0, color="0.6", linewidth=0.8)
         axes.set_yticks(range(len(names)), [n.partition(", ")[2] for n in names])
         axes.invert_yaxis()

@@ -661,6 +661,7 @@ def test_drop_in_attributes_copy_pickle_and_state_dict():
     assert set(module.state_dict()) == {
         *("base.weight", "base.bias", "V_A", "V_B", "alpha_A", "alpha_B"),
     }
+    assert all(value.is_contiguous() for value in module.state_dict().values())  # safetensors'
     x = normal(seeded(1), 3, 9)
     stored = io.BytesIO()
     torch.save(module, stored)
