@@ -11,7 +11,6 @@ adapters read from disk one module at a time, or all at once.
 
 import argparse
 import importlib.util
-import json
 import statistics
 import subprocess
 import sys
@@ -21,15 +20,11 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
-import matplotlib
 import torch
 from safetensors.torch import load_file, save_file
 
 import common
 from eigenlorax import lora_pairs, principal_components, recycle
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 FULL = {
     "folder": dict(adapters=20, modules=24, d=768, r=8, K=32, rounds=7),
@@ -206,9 +201,10 @@ def measure(setting: dict, seed: int) -> dict:
 
 
 def draw(source: Path) -> Path:
-    report = json.loads(source.read_text(encoding="utf-8"))
+    """Draw the figure beside its JSON; returns the path of the PNG."""
+    report = common.read_json(source)
     found, setting = report["results"], report["setting"]
-    figure, axes = plt.subplots(2, 2, figsize=(11, 6), layout="constrained")
+    figure, axes = common.plotting().subplots(2, 2, figsize=(11, 6), layout="constrained")
     titles = {
         "memory": "{adapters} adapters, {modules} modules, d = {d}, r = {r}, K = {K}, from memory",
         "disk": "the same, from disk",
@@ -236,10 +232,7 @@ def draw(source: Path) -> Path:
     last.set_title(
         "{adapters} adapters on disk: peak memory".format(**setting["disk"]), fontsize="medium"
     )
-    target = source.with_suffix(".png")
-    figure.savefig(target, dpi=150, metadata={"Software": None})
-    plt.close(figure)
-    return target
+    return common.save_figure(figure, source)
 
 
 def main() -> None:

@@ -10,21 +10,16 @@ adapter_names, and through one merged copy of the layers per task.
 
 import argparse
 import copy
-import json
 import statistics
 import time
 from pathlib import Path
 
-import matplotlib
 import peft
 import torch
 from torch import nn
 
 import common
 from eigenlorax import adapt, recycle, serving
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 FULL = dict(d=768, layers=8, rank=8, K=16, noise=0.05, tasks=[1, 8, 64], tokens=[1, 32], rounds=15)
 QUICK = dict(d=128, layers=2, rank=4, K=8, noise=0.05, tasks=[1, 4], tokens=[1, 4], rounds=3)
@@ -143,10 +138,13 @@ def measure(setting: dict, seed: int) -> dict:
 
 
 def draw(source: Path) -> Path:
-    result = json.loads(source.read_text(encoding="utf-8"))
+    """Draw the figure beside its JSON; returns the path of the PNG."""
+    result = common.read_json(source)
     cases, tokens = result["cases"], result["setting"]["tokens"]
     size = 4 * (len(tokens) + 1), 3.6
-    figure, (memory, *speeds) = plt.subplots(1, len(tokens) + 1, figsize=size, layout="constrained")
+    figure, (memory, *speeds) = common.plotting().subplots(
+        1, len(tokens) + 1, figsize=size, layout="constrained"
+    )
     for name, marker in zip(cases[0]["rows"], "os^", strict=True):
         for axis, n in zip([memory, *speeds], [tokens[0], *tokens], strict=True):
             chosen = [case for case in cases if case["tokens"] == n]
@@ -170,10 +168,7 @@ def draw(source: Path) -> Path:
     for axis in (memory, *speeds):
         axis.set(xscale="log", yscale="log", xlabel="tasks = sequences in the batch")
         axis.legend(fontsize="small")
-    target = source.with_suffix(".png")
-    figure.savefig(target, dpi=150, metadata={"Software": None})
-    plt.close(figure)
-    return target
+    return common.save_figure(figure, source)
 
 
 def main() -> None:

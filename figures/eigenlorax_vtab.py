@@ -5,17 +5,12 @@ python figures/eigenlorax_vtab.py --measure --adapters DIR  measure every PEFT L
 """
 
 import argparse
-import json
 from pathlib import Path
 
-import matplotlib
 import torch
 
 import common
 from eigenlorax import principal_components, project, reconstruct
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 SIDES = {"A": 1, "B": 0}  # which half of the pair (B, A), turned so that its vectors are rows
 
@@ -96,8 +91,11 @@ def measure(folder: Path, modules: int | None, seed: int) -> dict:
 
 
 def draw(source: Path) -> Path:
-    result = json.loads(source.read_text(encoding="utf-8"))
-    figure, axes = plt.subplots(2, 3, figsize=(12, 6.5), layout="constrained", sharey="col")
+    """Draw the figure beside its JSON; returns the path of the PNG."""
+    result = common.read_json(source)
+    figure, axes = common.plotting().subplots(
+        2, 3, figsize=(12, 6.5), layout="constrained", sharey="col"
+    )
     tasks = result["setting"]["adapters"]
     for line, (side, found) in zip(axes, result["sides"].items(), strict=True):
         ks, (spectrum, held_out, error) = found["ks"], line
@@ -119,17 +117,17 @@ def draw(source: Path) -> Path:
         )
         held_out.set_title(f"{side}: a task in the components of the others", fontsize="medium")
         error.set_title(f"{side}: relative error of all adapters", fontsize="medium")
+        spectrum.set_ylabel("fraction of Σσ²")
+        held_out.set_ylabel("fraction of the task's squared norm")
+        error.set_ylabel("norm of the rest / norm")
         for axis in line:
             axis.set_xscale("log", base=2)
-            axis.set_xlabel("K")
+            axis.set_xlabel("K, principal components")
             axis.set_ylim(0, 1.02)
             axis.legend(fontsize="small")
     where = f"{result['setting']['modules']} modules, {len(tasks)} adapters"
     figure.suptitle(f"Mean over {where}; control: white noise of each adapter's norm")
-    target = source.with_suffix(".png")
-    figure.savefig(target, dpi=150, metadata={"Software": None})
-    plt.close(figure)
-    return target
+    return common.save_figure(figure, source)
 
 
 def main() -> None:
