@@ -63,7 +63,6 @@ from torch import Tensor, nn
 
 Rule = int | float | str | None
 Pair = tuple[Tensor, Tensor]
-Adapters = Iterable[Mapping[str, Pair]]
 
 
 def principal_components(rows: Tensor, k: Rule = None, center: bool = True) -> tuple[Tensor, ...]:
@@ -142,8 +141,7 @@ def augment(V: Tensor, p: int, generator: torch.Generator | None = None) -> Tens
     """
     if not 0 <= p <= V.shape[1] - len(V):
         raise ValueError(f"{p} pseudo-components; want 0 to n − K = {V.shape[1]} − {len(V)}")
-    P = _normal((p, V.shape[1]), V.double(), generator)
-    Q = torch.linalg.qr(torch.cat([V, P]).T).Q.T  # orthonormal to rounding, always
+    Q = torch.linalg.qr(torch.cat([V, _normal((p, V.shape[1]), V.double(), generator)]).T).Q.T
     return torch.cat([V, Q[len(V) :].to(V)])
 
 
@@ -233,7 +231,7 @@ class Subspace:
 
 
 def recycle(
-    adapters: Adapters, k: Rule = None, center: bool = False, pseudo: int = 0, generator=None
+    adapters: Iterable, k: Rule = None, center: bool = False, pseudo: int = 0, generator=None
 ) -> dict[str, Subspace]:
     """Return {module name: Subspace} of adapters, each {module name: (B (o, r), A (r, d))}.
 
@@ -250,7 +248,7 @@ def recycle(
     return found
 
 
-def update(subspaces: Mapping, adapters: Adapters, k: Rule = None, center: bool = False) -> dict:
+def update(subspaces: Mapping, adapters: Iterable, k: Rule = None, center: bool = False) -> dict:
     """Return what `recycle` gives for old and new adapters, without the old ones.       [step 7]
 
     The same while nothing was dropped, else within `dropped` of the best. Modules keep k and center
@@ -322,13 +320,14 @@ class EigenLoRAxLinear(nn.Module):
         self.base, self.training = base.requires_grad_(False), base.training
 
     def forward(self, x: Tensor, task: int | Tensor | None = None) -> Tensor:
-        y, V_A, V_B = self.base(x), self.V_A.to(x.dtype), self.scaling * self.V_B.to(x.dtype)
+        y, A, B = self.base(x), self.V_A.to(x.dtype), self.V_B.to(x.dtype)
         a, b = (alpha.to(x.dtype) for alpha in self._alphas(task, len(x)))
-        if a.dim() == 3:  # one task per sample
-            return y + torch.einsum("n...k,nkr,nlr->n...l", x @ V_A.T, a, b) @ V_B
-        if x.shape[:-1].numel() * (len(a) - self.rank) > a.numel():  # many: A and B first, then x
-            return y + x @ (a.T @ V_A).T @ (b.T @ V_B)
-        return y + x @ V_A.T @ a @ b.T @ V_B
+        if a.dim() == 2 and x.shape[:-1].numel() * (len(a) - self.rank) > a.numel():
+            codes, B = x @ (a.T @ A).T, b.T @ B  # many samples: A and B first, then x
+        else:
+            codes = (x @ A.T if a.dim() == 2 else (x @ A.T)[:, None].flatten(1, -2)) @ a @ b.mT
+        rows, codes = y.reshape(-1, len(B.T)), codes.reshape(-1, len(B))
+        return torch.addmm(rows, codes.to(y.dtype), B.to(y.dtype), alpha=self.scaling).view(y.shape)
 
     def _alphas(self, task: int | Tensor | None, n: int | None = None) -> Pair:
         """α_A, α_B of one task (K, r), or of n tasks in a tensor (n, K, r)."""

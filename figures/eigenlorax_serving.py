@@ -21,13 +21,14 @@ from torch import nn
 import common
 from eigenlorax import adapt, recycle, serving
 
-FULL = dict(d=768, layers=8, rank=8, K=16, noise=0.05, tasks=[1, 8, 64], tokens=[1, 32], rounds=15)
-QUICK = dict(d=128, layers=2, rank=4, K=8, noise=0.05, tasks=[1, 4], tokens=[1, 4], rounds=3)
+FULL = dict(widths=[384, 768], layers=8, rank=8, K=16, noise=0.05, rounds=15)
+FULL |= dict(tasks=[1, 8, 64], tokens=[1, 32])
+QUICK = FULL | dict(widths=[64, 128], layers=2, rank=4, K=8, tasks=[1, 4], tokens=[1, 4], rounds=3)
 
 
-def adapters(setting: dict, tasks: int, generator: torch.Generator) -> list[dict]:
+def adapters(setting: dict, d: int, tasks: int, generator: torch.Generator) -> list[dict]:
     """LoRAs whose factors lie in a shared subspace of K directions, plus white noise."""
-    d, r, K, out = setting["d"], setting["rank"], setting["K"], [{} for _ in range(tasks)]
+    r, K, out = setting["rank"], setting["K"], [{} for _ in range(tasks)]
     for name in map(str, range(setting["layers"])):
         shared = [torch.linalg.qr(torch.randn(d, K, generator=generator)).Q for _ in "BA"]
         for adapter in out:
@@ -97,42 +98,52 @@ def merged(base: nn.Module, pairs: list[dict], setting: dict):
     )
 
 
-CONTENDERS = {"EigenLoRAx": ours, "PEFT adapter_names": peft_lora, "merged copies": merged}
+CONTENDERS = {
+    "EigenLoRAx": ours,
+    "PEFT adapter_names": peft_lora,
+    "merged copies": merged,
+    "base, no adapter": lambda base, *_: (base, 0, 1.0),
+}
 
 
 @torch.no_grad()
+def measure_case(setting: dict, d: int, tasks: int, generator: torch.Generator) -> list[dict]:
+    """One case for each number of tokens."""
+    base = nn.Sequential(*(nn.Linear(d, d) for _ in range(setting["layers"]))).eval()
+    pairs = adapters(setting, d, tasks, generator)
+    built = {name: make(base, pairs, setting) for name, make in CONTENDERS.items()}
+    cases = []
+    for tokens in setting["tokens"]:
+        x = torch.randn(tasks, tokens, d, generator=generator)
+        seconds: dict[str, list[float]] = {name: [] for name in built}
+        wanted = built["merged copies"][0](x)
+        error = {n: float((b[0](x) - wanted).norm() / wanted.norm()) for n, b in built.items()}
+        for _ in range(setting["rounds"]):  # in turns, so that a busy machine hits all alike
+            for name, (call, _, _) in built.items():
+                start = time.perf_counter()
+                call(x)
+                seconds[name].append(time.perf_counter() - start)
+        rows = {}
+        for name, (_, held, wrong) in built.items():
+            times = zip(seconds[name], seconds["EigenLoRAx"], strict=True)
+            ratios = sorted(t / own for t, own in times)
+            rows[name] = {
+                "bytes": held,
+                "sequences per second": tasks / statistics.median(seconds[name]),
+                "time / EigenLoRAx's": statistics.median(ratios),
+                "10 % to 90 %": [ratios[len(ratios) // 10], ratios[-1 - len(ratios) // 10]],
+                "relative error of ΔW": wrong,
+                "relative error of the output": error[name],
+            }
+        cases.append({"d": d, "tasks": tasks, "tokens": tokens, "rows": rows})
+    return cases
+
+
 def measure(setting: dict, seed: int) -> dict:
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    d = setting["d"]
-    base = nn.Sequential(*(nn.Linear(d, d) for _ in range(setting["layers"]))).eval()
-    cases = []
-    for tasks in setting["tasks"]:
-        pairs = adapters(setting, tasks, generator)
-        built = {name: make(base, pairs, setting) for name, make in CONTENDERS.items()}
-        for tokens in setting["tokens"]:
-            x = torch.randn(tasks, tokens, d, generator=generator)
-            seconds: dict[str, list[float]] = {name: [] for name in built}
-            wanted = built["merged copies"][0](x)
-            error = {n: float((b[0](x) - wanted).norm() / wanted.norm()) for n, b in built.items()}
-            for _ in range(setting["rounds"]):  # in turns, so that a busy machine hits all alike
-                for name, (call, _, _) in built.items():
-                    start = time.perf_counter()
-                    call(x)
-                    seconds[name].append(time.perf_counter() - start)
-            rows = {}
-            for name, (_, held, wrong) in built.items():
-                times = zip(seconds[name], seconds["EigenLoRAx"], strict=True)
-                ratios = sorted(t / own for t, own in times)
-                rows[name] = {
-                    "bytes": held,
-                    "sequences per second": tasks / statistics.median(seconds[name]),
-                    "time / EigenLoRAx's": statistics.median(ratios),
-                    "10 % to 90 %": [ratios[len(ratios) // 10], ratios[-1 - len(ratios) // 10]],
-                    "relative error of ΔW": wrong,
-                    "relative error of the output": error[name],
-                }
-            cases.append({"tasks": tasks, "tokens": tokens, "rows": rows})
+    sizes = [(d, tasks) for d in setting["widths"] for tasks in setting["tasks"]]
+    cases = [case for size in sizes for case in measure_case(setting, *size, generator)]
     setting = setting | {"seed": seed, "threads": torch.get_num_threads(), "dtype": "float32"}
     return {"setting": setting, "environment": common.environment(), "cases": cases}
 
@@ -140,34 +151,37 @@ def measure(setting: dict, seed: int) -> dict:
 def draw(source: Path) -> Path:
     """Draw the figure beside its JSON; returns the path of the PNG."""
     result = common.read_json(source)
-    cases, tokens = result["cases"], result["setting"]["tokens"]
-    size = 4 * (len(tokens) + 1), 3.6
-    figure, (memory, *speeds) = common.plotting().subplots(
-        1, len(tokens) + 1, figsize=size, layout="constrained"
+    setting, cases = result["setting"], {}
+    for case in result["cases"]:
+        cases.setdefault((case["d"], case["tokens"]), []).append(case)
+    panels = [(d, n) for d in setting["widths"] for n in setting["tokens"]]
+    figure, axes = common.plotting().subplots(
+        1, 1 + len(panels), figsize=(3.4 * (1 + len(panels)), 3.8), layout="constrained"
     )
-    for name, marker in zip(cases[0]["rows"], "os^", strict=True):
-        for axis, n in zip([memory, *speeds], [tokens[0], *tokens], strict=True):
-            chosen = [case for case in cases if case["tokens"] == n]
-            key = "bytes" if axis is memory else "sequences per second"
-            scale = 2**-20 if axis is memory else 1
-            values = [case["rows"][name][key] * scale for case in chosen]
-            axis.plot([case["tasks"] for case in chosen], values, f"k-{marker}", label=name)
-    last = {case["tokens"]: case for case in cases}  # the largest number of tasks
-    theirs = last[tokens[0]]["rows"]["PEFT adapter_names"]
-    own = last[tokens[0]]["rows"]["EigenLoRAx"]
-    memory.set_title(
-        f"memory: {theirs['bytes'] / own['bytes']:.1f}× less than LoRA,\n"
-        f"relative error of ΔW {own['relative error of ΔW']:.3f}",
-        fontsize="medium",
-    )
-    memory.set_ylabel("MiB held beyond the base")
-    for axis, n in zip(speeds, tokens, strict=True):
-        times = last[n]["rows"]["PEFT adapter_names"]["time / EigenLoRAx's"]
-        axis.set_title(f"{n} token(s) per sequence:\n{times:.1f}× PEFT's speed", fontsize="medium")
-        axis.set_ylabel("sequences per second")
-    for axis in (memory, *speeds):
+    for axis, panel in zip(axes, [panels[-1], *panels], strict=True):
+        memory, (d, tokens) = axis is axes[0], panel
+        for name, marker in zip(CONTENDERS, "os^x", strict=True):
+            key, scale = ("bytes", 2**-20) if memory else ("sequences per second", 1)
+            values = [case["rows"][name][key] * scale for case in cases[panel]]
+            line = "k:" if name.startswith("base") else "k-"
+            if values[0]:
+                axis.plot(setting["tasks"], values, f"{line}{marker}", label=name)
+        last = cases[panel][-1]["rows"]  # the largest number of tasks
+        own, theirs = last["EigenLoRAx"], last["PEFT adapter_names"]
+        peft_time, base_time = (
+            last[name]["time / EigenLoRAx's"] for name in ("PEFT adapter_names", "base, no adapter")
+        )
+        axis.set_title(
+            f"d = {d}, memory: {theirs['bytes'] / own['bytes']:.1f}× less than LoRA,\n"
+            f"relative error of ΔW {own['relative error of ΔW']:.3f}"
+            if memory
+            else f"d = {d}, {tokens} token(s) a sequence:\n"
+            f"{peft_time:.1f}× PEFT's speed; the base alone {peft_time / base_time:.1f}×",
+            fontsize="small",
+        )
+        axis.set_ylabel("MiB held beyond the base" if memory else "sequences per second")
         axis.set(xscale="log", yscale="log", xlabel="tasks = sequences in the batch")
-        axis.legend(fontsize="small")
+        axis.legend(fontsize="x-small")
     return common.save_figure(figure, source)
 
 
