@@ -23,7 +23,8 @@ Derivation
   2. X = UΣVᵀ. No K directions leave less of X than the first K right singular vectors, from
      here on the rows of V: ‖X − XVᵀV‖² = Σ_{i>K} σᵢ².                        [Eckart–Young]
   3. XXᵀ = UΣ²Uᵀ, XᵀX = VᵀΣ²V: the smaller Gram matrix has every σ, and V = Σ⁻¹UᵀX. Squaring
-     halves the digits, so float32 rows get a float64 Gram matrix, float64 rows a thin SVD.
+     halves the digits: float32 rows get a Gram matrix in float64, float64 rows a thin SVD. Where
+     K is given and σ_K² > σ₁²/1000, float32 is enough for U, and uᵢᵀXXᵀuᵢ gives σᵢ² in float64.
   4. VVᵀ = I, so the least-squares coefficients of any rows are X Vᵀ.
   5. V_BᵀV_B·BA·V_AᵀV_A, BA projected on all V_BᵀMV_A, has M = (V_B B)(A V_Aᵀ) = α_B α_Aᵀ.
   6. Centred directions lose μ; with the unit part of μ outside V as a row, V spans all rows again.
@@ -63,6 +64,7 @@ from torch import Tensor, nn
 
 Rule = int | float | str | None
 Pair = tuple[Tensor, Tensor]
+_dtype = lambda X: torch.promote_types(X.dtype, torch.float32)  # noqa: E731 (half loses updates)
 
 
 def principal_components(rows: Tensor, k: Rule = None, center: bool = True) -> tuple[Tensor, ...]:
@@ -85,18 +87,18 @@ def _components(rows: Tensor, weight: Tensor, k: Rule, center: bool) -> tuple[Te
     if dtype == torch.float64:
         _, s, V = torch.linalg.svd(X, full_matrices=False)
     else:
-        eigenvalues, U = torch.linalg.eigh(X @ X.T if m <= n else X.T @ X)
-        s, U = eigenvalues.flip(0).clamp(min=0).sqrt(), U.flip(1)
+        G = X @ X.T if m <= n else X.T @ X
+        scale = G.diagonal().max().clamp(min=1e-300)
+        squares, U = torch.linalg.eigh((G / scale).to(torch.float32 if type(k) is int else X.dtype))
+        if type(k) is int and (squares > squares[-1] / 1000).sum() < k:  # σ_k too near rounding
+            squares, U = torch.linalg.eigh(G / scale)
+        U = U.double().flip(1)  # σ² are the Rayleigh quotients, to rounding whatever U's error
+        s = ((U * (G @ U)).sum(0) / U.square().sum(0)).clamp(min=0).sqrt().sort(descending=True)[0]
     K = choose_k(s[:count].to(dtype), k, (count, n))
     if dtype == torch.float32:
         V = U[:, :K].T if m > n else (U[:, :K] / s[:K]).T @ X
         V = torch.linalg.solve_triangular(torch.linalg.cholesky(V @ V.T), V, upper=False)
     return V[:K].to(dtype), mean.to(dtype), s.to(dtype)
-
-
-def _dtype(tensor: Tensor) -> torch.dtype:
-    """float64 stays; everything else is held in float32, as half steps lose updates."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def _finite(matrix: Tensor, what: str) -> Tensor:
@@ -116,10 +118,9 @@ def choose_k(singular_values: Tensor, rule: Rule, shape: tuple[int, int]) -> int
     >>> choose_k(torch.tensor([3.0, 1.0, 0.0]), 0.9, (3, 8)), choose_k(torch.ones(4), None, (4, 8))
     (1, 4)
     """
-    s, (m, n), K = singular_values, shape, rule
+    s, (m, n) = singular_values, shape
     rank = int((s > max(m, n) * torch.finfo(s.dtype).eps * s[:1]).sum())
-    if rule is None:
-        return rank
+    K = rank if rule is None else rule
     if rule == "gavish-donoho":
         beta = min(m, n) / max(m, n)
         omega = 0.56 * beta**3 - 0.95 * beta**2 + 1.82 * beta + 1.43  # good to 0.02
@@ -261,11 +262,11 @@ def update(subspaces: Mapping, adapters: Iterable, k: Rule = None, center: bool 
     for name in dict.fromkeys(name for adapter in adapters for name in adapter):
         pairs = {i: adapter[name] for i, adapter in enumerate(adapters) if name in adapter}
         B, A = zip(*pairs.values(), strict=True)
-        old = out.get(name)
-        o, d = (len(old.mean_B), len(old.mean_A)) if old else (len(B[0]), A[0].shape[-1])
-        m = sum(_rank(*pair, o, d, f"adapter {i}, {name!r}: ") for i, pair in pairs.items())
+        o, d = len(B[0]), A[0].shape[-1]
         empty = (A[0].new_zeros(size) for size in ((0, d), (0, o), d, o, 0, 0))
-        old = old or Subspace(*empty, 0, k, center)
+        old = out.get(name) or Subspace(*empty, 0, k, center)
+        (o,), (d,) = old.mean_B.shape, old.mean_A.shape
+        m = sum(_rank(*pair, o, d, f"adapter {i}, {name!r}: ") for i, pair in pairs.items())
         sides = _grow(old, "A", A) | _grow(old, "B", [columns.T for columns in B])
         out[name] = replace(old, count=old.count + m, **sides)
     return out
@@ -317,17 +318,17 @@ class EigenLoRAxLinear(nn.Module):
             self.register_buffer(f"V_{side}", V.contiguous())
             setattr(self, f"alpha_{side}", nn.Parameter(alpha))
         self.rank, self.tasks, self.scaling, self.task = rank, tasks, float(scaling), 0
+        self.in_features, self.out_features = base.in_features, base.out_features
         self.base, self.training = base.requires_grad_(False), base.training
 
     def forward(self, x: Tensor, task: int | Tensor | None = None) -> Tensor:
-        y, A, B = self.base(x), self.V_A.to(x.dtype), self.V_B.to(x.dtype)
+        y, A, B, s = self.base(x), self.V_A.to(x.dtype), self.V_B.to(x.dtype), self.scaling
         a, b = (alpha.to(x.dtype) for alpha in self._alphas(task, len(x)))
         if a.dim() == 2 and x.shape[:-1].numel() * (len(a) - self.rank) > a.numel():
             codes, B = x @ (a.T @ A).T, b.T @ B  # many samples: A and B first, then x
         else:
             codes = (x @ A.T if a.dim() == 2 else (x @ A.T)[:, None].flatten(1, -2)) @ a @ b.mT
-        rows, codes = y.reshape(-1, len(B.T)), codes.reshape(-1, len(B))
-        return torch.addmm(rows, codes.to(y.dtype), B.to(y.dtype), alpha=self.scaling).view(y.shape)
+        return torch.addmm(y.view(-1, len(B.T)), codes.view(-1, len(B)), B, alpha=s).view(y.shape)
 
     def _alphas(self, task: int | Tensor | None, n: int | None = None) -> Pair:
         """α_A, α_B of one task (K, r), or of n tasks in a tensor (n, K, r)."""
@@ -361,8 +362,6 @@ class EigenLoRAxLinear(nn.Module):
 
     weight = property(_weight, doc="W₀ + ΔW of the active task (o, d), differentiable.")
     bias = property(lambda self: self.base.bias, doc="The base's bias (o,) or None.")
-    in_features = property(lambda self: self.base.in_features, doc="d")
-    out_features = property(lambda self: self.base.out_features, doc="o")
 
     def merge(self, task: int | None = None) -> nn.Linear:
         """Return a plain nn.Linear with W₀ + ΔW(task), on the base's device and in its dtype."""

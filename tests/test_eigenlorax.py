@@ -151,6 +151,25 @@ def test_E2_singular_values_are_those_of_the_svd(seed, m, n, center, dtype, digi
     assert (error <= 4 * max(m, n) * EPS * wanted[0] ** 2 + rounding).all()
 
 
+@pytest.mark.parametrize("steepest", [1.2, 20, 1000])  # σ₁/σ_K: within float32's reach, and not
+@given(SEED, st.integers(2, 40), st.integers(2, 40), st.integers(1, 40))
+def test_a_given_k_costs_no_more_than_float32s_rounding(steepest, seed, m, n, K):
+    p = min(m, n)
+    K = min(K, p)
+    sigma = torch.logspace(0, -math.log10(steepest), K, dtype=torch.float64)
+    sigma = torch.cat([sigma, torch.linspace(0.9, 0, p - K, dtype=torch.float64) / steepest])
+    rows = planted(seeded(seed), m, n, sigma, torch.float32)
+    V, _, s = principal_components(rows, K, center=False)
+    orthonormal(V, torch.float32)
+    _, wanted, W = torch.linalg.svd(rows.double(), full_matrices=False)
+    eps = 64 * torch.finfo(torch.float32).eps  # c = 64
+    assert ((s.double().square() - wanted.square()).abs() <= eps * wanted[0] ** 2).all()
+    last, after = wanted[K - 1] ** 2, wanted[K] ** 2 if K < p else 0
+    found, best = (X.double().T @ X.double() for X in (V, W[:K]))
+    # where σ_K² < σ₁²/1000, float64 keeps the error from growing on
+    close(found, best, eps * float(min(wanted[0] ** 2, 1000 * last) / (last - after)))
+
+
 @given(SEED, st.integers(2, 20), SIZE, st.booleans(), DTYPE)
 def test_E3_what_is_left_is_the_sum_of_the_other_singular_values(seed, m, n, center, dtype):
     generator = seeded(seed)
