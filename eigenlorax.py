@@ -122,8 +122,8 @@ def choose_k(singular_values: Tensor, rule: Rule, shape: tuple[int, int]) -> int
     rank = int((s > max(m, n) * torch.finfo(s.dtype).eps * s[:1]).sum())
     K = rank if rule is None else rule
     if rule == "gavish-donoho":
-        beta = min(m, n) / max(m, n)
-        omega = 0.56 * beta**3 - 0.95 * beta**2 + 1.82 * beta + 1.43  # good to 0.02
+        # the paper's fit of ω, good to 0.02
+        omega = 0.56 * (beta := min(m, n) / max(m, n)) ** 3 - 0.95 * beta**2 + 1.82 * beta + 1.43
         K = min(rank, int((s > omega * s.quantile(0.5)).sum()))
     elif isinstance(rule, float) and 0 < rule <= 1:
         energy = s.double().square().cumsum(0)
@@ -269,6 +269,7 @@ def update(subspaces: Mapping, adapters: Iterable, k: Rule = None, center: bool 
         m = sum(_rank(*pair, o, d, f"adapter {i}, {name!r}: ") for i, pair in pairs.items())
         sides = _grow(old, "A", A) | _grow(old, "B", [columns.T for columns in B])
         out[name] = replace(old, count=old.count + m, **sides)
+        del pairs, B, A  # before the next module's are read
     return out
 
 
