@@ -34,7 +34,7 @@ Derivation
 
 Claims
   E1  V has orthonormal rows; more components than the numerical rank is an error naming it
-  E2  singular values are those of the SVD, within eps·σ₁²/σᵢ
+  E2  singular values are those of the SVD, within eps·σ₁²/σᵢ, eps of the rows' dtype
   E3  Σ_{i>K} σᵢ² is the squared reconstruction error, the mean restored where it was taken off
   E4  projecting both factors on an uncentred subspace gives the core nearest to ΔW
   E5  the error of the recycled adapters never grows with K and is zero at full rank
@@ -70,7 +70,8 @@ _dtype = lambda X: torch.promote_types(X.dtype, torch.float32)  # noqa: E731 (ha
 def principal_components(rows: Tensor, k: Rule = None, center: bool = True) -> tuple[Tensor, ...]:
     """Return (V (K, n), mean (n,), all min(m, n) singular values) of rows (m, n), K by `choose_k`.
 
-    Exact; at least float32; mean 0 if not center. ValueError: nan, inf, k too large.   [Alg. 1]
+    At least float32; mean 0 if not center. Float32 σᵢ: to eps·σ₁²/σᵢ for an int k, otherwise to
+    the last digit. Raises ValueError for nan, inf, k too large.                        [Alg. 1]
     >>> V, mean, s = principal_components(torch.tensor([[3.0, 4.0], [6.0, 8.0]]), center=False)
     >>> V.abs(), s[0] ** 2
     (tensor([[0.6000, 0.8000]]), tensor(125.))
@@ -80,7 +81,7 @@ def principal_components(rows: Tensor, k: Rule = None, center: bool = True) -> t
 
 def _components(rows: Tensor, weight: Tensor, k: Rule, center: bool) -> tuple[Tensor, ...]:
     """The same for rows that are weight (m,) times what the mean is taken of.          [step 7]"""
-    X, w, dtype = rows.double(), weight.to(rows.device, torch.float64), _dtype(rows)
+    X, w, dtype = rows.detach().double(), weight.to(rows.device, torch.float64), _dtype(rows)
     (m, n), count = X.shape, round(float(w @ w)) - center  # centred, one row follows from others
     mean = w @ X / (w @ w) if center else X.new_zeros(n)
     X = X - w[:, None] * mean if center else X
@@ -128,7 +129,7 @@ def choose_k(singular_values: Tensor, rule: Rule, shape: tuple[int, int]) -> int
     elif isinstance(rule, float) and 0 < rule <= 1:
         energy = s.double().square().cumsum(0)
         K = min(rank, int((energy < rule * energy[-1:]).sum()) + 1)
-    if type(K) is not int or not 1 <= K <= rank:
+    if type(K) is not int or not (rule is None or 1 <= K <= rank):
         raise ValueError(f"k = {rule!r} means {K!r}; want a rule or 1 to {rank}, numerical rank")
     return K
 
@@ -167,11 +168,11 @@ def reconstruct(alpha: Tensor, V: Tensor, mean: Tensor | None = None) -> Tensor:
 _FACTOR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.[^.]+)?\.weight")
 _REFUSED = {  # a config's field=value or a key: why the adapter is not just B A
     r"peft_type=(?!(PeftType\.)?LORA$)": "no LoRA",
-    r"use_dora=|.*\.lora_magnitude": "DoRA also rescales W₀ + ΔW",
-    r"bias=(?!none)|lora_bias=|.*\.(lora_\w+|base_layer)\.bias": "a trained bias is no B·A",
-    r"trainable_token_indices=|.*\.lora_embedding": "an embedding is no Linear",
+    r"use_dora=|[^=]*\.lora_magnitude": "DoRA also rescales W₀ + ΔW",
+    r"bias=(?!none)|lora_bias=|[^=]*\.(lora_\w+|base_layer)\.bias": "a trained bias is no B·A",
+    r"trainable_token_indices=|[^=]*\.lora_embedding": "an embedding is no Linear",
     r"init_lora_weights=(?!True|gaussian|orthogonal|eva|mica)": "it may take its start off W₀",
-    r"(layer_replication|target_parameters|alora_\w+|use_(qa|bd)lora)=|.*\.lora_": "not understood",
+    r"(layer_replication|target_parameters|alora_\w+|use_(qa|bd)lora)=|[^=]*\.lora_": "unknown",
 }
 
 
@@ -283,7 +284,7 @@ def _grow(old: Subspace, side: str, rows: Iterable[Tensor]) -> dict[str, Tensor 
     k = p if old.count and isinstance(old.k, str) else old.k
     V, mean, s = _components(X, weight, k, old.center)
     K, tol = len(V), 64 * V.shape[1] ** 0.5 * torch.finfo(V.dtype).eps
-    if (mean - mean @ V.T @ V).norm() > tol * mean.norm():
+    if (mean - mean @ V.T @ V).abs().max() > tol * mean.abs().max():
         V = torch.linalg.qr(torch.cat([V, mean[None]]).T).Q.T
     values = V, mean, s[:K], dropped + float(s[K:].double().square().sum())
     return {f"{field}_{side}": value for field, value in zip(fields, values, strict=True)}
@@ -316,7 +317,7 @@ class EigenLoRAxLinear(nn.Module):
                 raise ValueError(f"V_{side} is {tuple(V.shape)}; want (K, {n}), K >= 1")
             std = 0.0 if (side, init) == ("B", "zero") else len(V) ** -0.5
             alpha = std * _normal((tasks, len(V), rank), V, generator)
-            self.register_buffer(f"V_{side}", V.contiguous())
+            self.register_buffer(f"V_{side}", V.clone(memory_format=torch.contiguous_format))
             setattr(self, f"alpha_{side}", nn.Parameter(alpha))
         self.rank, self.tasks, self.scaling, self.task = rank, tasks, float(scaling), 0
         self.in_features, self.out_features = base.in_features, base.out_features
@@ -342,8 +343,8 @@ class EigenLoRAxLinear(nn.Module):
 
     def pair(self, task: int | None = None) -> Pair:
         """Return the LoRA pair (B (o, r), A (r, d)) with B A = ΔW(task), s folded into B."""
-        a, b = self._alphas(task)
-        return self.V_B.T @ b * self.scaling, a.T @ self.V_A
+        a, b, V_A, V_B = (X.double() for X in (*self._alphas(task), self.V_A, self.V_B))
+        return (V_B.T @ b * self.scaling).to(self.V_B), (a.T @ V_A).to(self.V_A)
 
     @torch.no_grad()
     def set_task(self, task: int, B: Tensor, A: Tensor) -> None:
@@ -351,15 +352,15 @@ class EigenLoRAxLinear(nn.Module):
         a, b = self._alphas(task)
         if (r := _rank(B, A, self.out_features, self.in_features)) > self.rank:
             raise ValueError(f"the pair has rank {r}; want at most this module's {self.rank}")
-        a[:, :r], a[:, r:] = project(A, self.V_A).T, 0
-        b[:, :r], b[:, r:] = project(B.T / self.scaling, self.V_B).T, 0
+        a[:, :r], a[:, r:] = project(A, self.V_A.double()).T, 0
+        b[:, :r], b[:, r:] = project(B.T, self.V_B.double()).T / self.scaling, 0
 
     def _weight(self, task: int | None = None) -> Tensor:
         """W₀ + ΔW(task) (o, d), differentiable, in the base's dtype."""
         W, (B, A) = self.base.weight, self.pair(task)
         if not W.is_floating_point():
             raise TypeError(f"the base weight is {W.dtype}; want floating point, to add ΔW")
-        return (W.to(B.dtype) + B @ A).to(W.dtype)
+        return (W.double() + B.double() @ A.double()).to(W.dtype)  # double: no autocast
 
     weight = property(_weight, doc="W₀ + ΔW of the active task (o, d), differentiable.")
     bias = property(lambda self: self.base.bias, doc="The base's bias (o,) or None.")

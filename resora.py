@@ -59,10 +59,8 @@ O(N·r²) work, memory O(N·r + r²), nonlinear r·n² more for n = min(N, sampl
 For independent Gaussian codes nonlinear is not 0 but 0.074, 0.019, 0.0095, 0.0046 at n = 32, 128,
 256, 512 (σ = 1), and linear 1/(N − 1). Without that floor, but no longer ≥ 0: diagonals of K and L
 set to 0, ⟨K, L⟩ := [ΣK∘L + ΣK·ΣL/((n−1)(n−2)) − 2·ΣKL/(n−2)]/(n(n−3)), Σ over all entries.
-
 Differs from the paper: formulas inferred; codes for feature maps (the paper reports 18–34 % more
-training time); R may be on from the first step (R6), where the paper trains plain LoRA first.
-Differs from the authors' code: not consulted.
+training time); R may be on from the first step (R6). The authors' code was not consulted.
 """
 
 from collections import defaultdict
@@ -110,7 +108,7 @@ def redundancy(
         if metric == "euclidean":
             h = _gram(B) * _gram(S)
             g = h.diagonal(dim1=-2, dim2=-1)
-            R = torch.exp(-beta * (g[..., :, None] + g[..., None, :] - 2 * h))
+            R = torch.exp(-beta * (g[..., :, None] + g[..., None, :] - 2 * h).clamp(min=0))
         elif metric == "cosine":
             R = (_cosines(_gram(B)) * _cosines(_gram(S))).square()
         elif metric == "linear":
@@ -310,10 +308,11 @@ class ReSoRA(AbstractContextManager):
     computes the codes from it, so that a checkpointed forward loses no gradient (compiled as well,
     it breaks the graph). Calls of one layer in one forward add their tokens. Nothing is kept in
     evaluation mode under no_grad. The active adapters of a PEFT layer are one set of components.
-    Each process of DDP has its own R. level="weight" needs no input, sets no hook. detach_input:
-    R moves a layer's own A and B only; False, not for reentrant checkpointing: what is before, too.
-    options: as for `redundancy`; nonlinear draws anew in each step. Raises ValueError if no LoRA is
-    found, one is merged or not linear, or an argument is wrong.
+    Attach anew after set_adapter; no layer may change its input in place. Each process of DDP has
+    its own R. level="weight" needs no input, sets no hook. detach_input: R moves a layer's own A
+    and B only; False, not for reentrant checkpointing: what is before, too. options are those of
+    `redundancy`; nonlinear draws anew in each step. Raises ValueError if no LoRA is found, one is
+    merged, DoRA or not linear, or an argument is wrong.
     """
 
     def __init__(
@@ -387,14 +386,14 @@ class ReSoRA(AbstractContextManager):
 
 
 def _recording(module: nn.Module) -> bool:
-    """True in a forward for training; False in evaluation and where checkpointing repeats it."""
+    """True in a forward for training, not in evaluation nor where checkpointing repeats it."""
     again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
     return not again and (module.training or torch.is_grad_enabled())
 
 
 def _is_lora(module: nn.Module) -> bool:
     parts = getattr(module, "lora_A", None)  # PEFT: {adapter name: A}
-    active = isinstance(parts, nn.Module) and any(a in parts for a in module.active_adapters)
+    active = isinstance(parts, nn.ModuleDict) and any(a in parts for a in module.active_adapters)
     return active or isinstance(module, LoRALinear)
 
 
@@ -402,9 +401,10 @@ def _pair(name: str, layer: nn.Module) -> tuple[Tensor, Tensor]:
     """(B (o, r), A (r, d)) of a layer, scaling folded in; PEFT's active adapters side by side."""
     if isinstance(layer, LoRALinear):
         return layer.pair()
-    if layer.merged or not all(isinstance(part, nn.Linear) for part in layer.lora_A.values()):
-        raise ValueError(f"{name}: found {type(layer)}, {layer.merged=}, want a Linear, unmerged")
     active = [a for a in layer.active_adapters if a in layer.lora_A]
+    odd = layer.merged or layer.lora_magnitude_vector or hasattr(layer, "parameter_name")
+    if odd or not active or not all(isinstance(part, nn.Linear) for part in layer.lora_A.values()):
+        raise ValueError(f"{name}: found {type(layer)}, {layer.merged=}, want plain, unmerged LoRA")
     B = torch.cat([layer.lora_B[a].weight * layer.scaling[a] for a in active], 1)
     return B, torch.cat([layer.lora_A[a].weight for a in active])
 

@@ -46,8 +46,8 @@ def draw(source: str | Path) -> Path:
             label=f"{metric}, {level}",
         )
     axes.axhline(100 * validation(data, "r=4, λ=0"), color="0.5", linestyle=":", label="λ = 0")
-    axes.set(xlabel="λ", ylabel="validation accuracy in %, mean over tasks and seeds")
-    axes.set_title("λ of the second stage, r = 4", fontsize="medium")
+    axes.set(xlabel="λ", ylabel="validation accuracy in %")
+    axes.set_title("λ of the second stage, r = 4: mean over tasks and seeds", fontsize="medium")
     axes.legend(frameon=False, fontsize="small", ncols=2)
     return common.save_figure(figure, source)
 

@@ -988,3 +988,85 @@ def test_real_adapters_recycle_exactly():
     whole = recycle(adapters)
     for name in names:
         close(step[name].singular_values_A, whole[name].singular_values_A, 1e-4)
+
+
+def test_models_with_one_subspace_share_no_memory():
+    generator = seeded(0)
+    subspaces = recycle(some_adapters(generator, [2, 2], {"q": (6, 6)}, torch.float32), pseudo=1)
+    one, two = (nn.ModuleDict({"q": nn.Linear(6, 6)}) for _ in range(2))
+    adapt(one, subspaces), adapt(two, subspaces)
+    places = {V.data_ptr() for V in (one["q"].V_A, two["q"].V_A, subspaces["q"].V_A)}
+    assert len(places) == 3
+
+
+@pytest.mark.parametrize("scale", [1e20, 1e-25])
+def test_a_mean_of_any_size_stays_in_the_centred_subspace(scale):
+    shared = normal(seeded(0), 1, 12, dtype=torch.float32)
+    rows = [shared + 0.01 * normal(seeded(i), 2, 12, dtype=torch.float32) for i in range(3)]
+    B = [normal(seeded(9 + i), 5, 2, dtype=torch.float32) for i in range(3)]
+    pairs = [{"q": (b, scale * A)} for b, A in zip(B, rows, strict=True)]
+    V = recycle(pairs, k=2, center=True)["q"].V_A
+    assert V.shape == (3, 12)
+    stack = torch.cat(rows)
+    close(stack @ V.T @ V, stack, 0.05 * stack.norm())  # the mean, and most of what is around it
+
+
+def test_a_module_that_never_trained_gives_a_subspace_of_no_direction():
+    trained, untrained = torch.ones(5, 1), torch.zeros(5, 1)
+    A = torch.eye(6)[:1]
+    found = recycle([{"q": (trained, A), "v": (untrained, A)}])
+    assert found["v"].V_B.shape == (0, 5) and found["q"].V_B.shape == (1, 5)
+    both = recycle([{"q": (trained, A)}], center=True)  # one row, which is its own mean
+    assert both["q"].V_A.shape == (1, 6)
+    close(both["q"].V_A.abs(), A, 4 * torch.finfo(torch.float32).eps)
+
+
+def test_merging_pairs_and_projecting_are_exact_under_autocast():
+    module = layer(seeded(0), dtype=torch.float32, init="random")
+    pair = (
+        normal(seeded(1), 7, 2, dtype=torch.float32),
+        normal(seeded(2), 2, 9, dtype=torch.float32),
+    )
+    module.set_task(0, *pair)
+    wanted = [module.merge().weight, *module.pair(), module.alpha_A.clone(), module.alpha_B.clone()]
+    with torch.autocast("cpu", torch.bfloat16):
+        module.set_task(0, *pair)
+        found = [module.merge().weight, *module.pair(), module.alpha_A, module.alpha_B]
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def test_a_half_pair_is_projected_in_the_modules_precision():
+    module = layer(seeded(0), dtype=torch.float32, scaling=1e-3)
+    B, A = torch.full((7, 2), 100.0, dtype=torch.float16), torch.ones(2, 9, dtype=torch.float16)
+    module.set_task(0, B, A)
+    half = module.alpha_B.clone()
+    module.set_task(0, B.float(), A.float())
+    assert half.isfinite().all() and torch.equal(half, module.alpha_B)
+
+
+def test_a_recycled_module_carries_no_gradient():
+    subspaces = recycle([{"q": layer(seeded(0), dtype=torch.float32, init="random").pair()}])
+    assert not subspaces["q"].V_A.requires_grad and not subspaces["q"].V_B.requires_grad
+    copy.deepcopy(subspaces["q"])
+
+
+def test_a_path_that_looks_like_a_key_is_only_a_path():
+    state = {"q.lora_A.weight": torch.ones(1, 2), "q.lora_B.weight": torch.ones(3, 1)}
+    assert list(lora_pairs(state, {"r": 1, "base_model_name_or_path": "x/base.lora_merged"})) == [
+        "q"
+    ]
+    with pytest.raises(ValueError, match="use_qalora=True: unknown"):
+        lora_pairs(state, {"r": 1, "use_qalora": True})
+
+
+def test_an_alpha_pattern_is_a_whole_name_and_the_first_counts():
+    names = ("a.q", "a.query")
+    state = {}
+    for name in names:
+        state |= {
+            f"{name}.lora_A.weight": torch.ones(1, 2),
+            f"{name}.lora_B.weight": torch.ones(3, 1),
+        }
+    config = {"r": 1, "lora_alpha": 1, "alpha_pattern": {"q": 2, "a.q": 5}}
+    pairs = lora_pairs(state, config)
+    assert [float(pairs[name][0][0]) for name in names] == [2.0, 1.0]

@@ -1074,7 +1074,7 @@ def test_peft_merged_or_disabled():
 def test_peft_convolution_is_refused():
     base = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 2))
     model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["0", "2"]))
-    with pytest.raises(ValueError, match="0: found .*Conv2d.*want a Linear"):
+    with pytest.raises(ValueError, match="0: found .*Conv2d.*want plain"):
         ReSoRA(model)
 
 
@@ -1114,3 +1114,26 @@ def test_a_transformer_with_checkpointing(reentrant):
         assert regularizer._inputs == {}
         found.append(all_gradients(model))
     close(found[1], found[0], 1e3 * torch.finfo(F32).eps)
+
+
+def test_euclidean_stays_at_most_one_for_large_and_equal_components():
+    B = torch.ones(4, 2) * 1e4
+    S = torch.ones(6, 2) * 1e3
+    S[:, 1] += 1e-4 * draw(0, (6,), dtype=torch.float32)[0]
+    value = redundancy(B, S, "euclidean")
+    assert 0 <= value <= 1
+
+
+def test_dora_and_layers_that_only_look_like_lora():
+    config = peft.LoraConfig(r=2, target_modules=["0"], use_dora=True)
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(4, 3)), config)
+    with pytest.raises(ValueError, match="want plain, unmerged LoRA"):
+        ReSoRA(model)
+
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lora_A = nn.Linear(4, 2)
+
+    with pytest.raises(ValueError, match="found no LoRALinear"):
+        ReSoRA(nn.Sequential(Own()))
