@@ -1,30 +1,38 @@
 # SPDX-License-Identifier: MIT
-"""What runs the experiments: data, backbones, baselines, loop, metrics, results.
+"""What runs the experiments: data, backbones, baselines, loop, metrics, tables, results.
 
 The three method files know nothing of this one. Backbones come from transformers, baselines
 from PEFT, data from `datasets` and scikit-learn, devices and processes from accelerate.
 """
 
+import argparse
 import ast
+import functools
 import hashlib
 import json
 import math
 import os
 import platform
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
-from dataclasses import fields
+from dataclasses import asdict, fields, replace
+from importlib import import_module
 from importlib.metadata import version
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader, Dataset
@@ -123,6 +131,29 @@ def over_seeds(data: dict, row: str, field: str) -> tuple[float, float]:
             by_seed.setdefault(run["seed"], []).append(run[field])
     means = [statistics.fmean(scores) for scores in by_seed.values()]
     return statistics.fmean(means), statistics.stdev(means) if len(means) > 1 else 0.0
+
+
+def gain(
+    data: dict, rows: list[str], others: list[str], score: Callable[[dict], float]
+) -> tuple[float, float, float]:
+    """Mean `score` of the runs of `rows` minus that of `others`, and its 95 % interval.
+
+    The differences are paired by task and seed.
+    """
+
+    def mean(names: list[str]) -> dict[tuple, float]:
+        """{(task, seed): the mean over rows}."""
+        found = {}
+        for run in data["runs"]:
+            if run["row"] in names:
+                found.setdefault((run["task"], run["seed"]), []).append(score(run))
+        return {pair: statistics.fmean(values) for pair, values in found.items()}
+
+    ours, theirs = mean(rows), mean(others)
+    if ours.keys() != theirs.keys():
+        raise ValueError(f"found runs of {rows} that have no pair among {others}, or the reverse")
+    differences = [ours[pair] - theirs[pair] for pair in ours]
+    return statistics.fmean(differences), *bootstrap(differences)
 
 
 def plotting():
@@ -272,7 +303,7 @@ def load_backbone(name_or_folder: str, labels: int) -> nn.Module:
     for name, p in head_of(model):  # a fresh head, whatever the checkpoint had
         owner = model.get_submodule(name.rpartition(".")[0])
         if isinstance(owner, nn.Linear):
-            nn.init.normal_(p, std=0.02) if p.dim() > 1 else nn.init.zeros_(p)
+            nn.init.normal_(p, std=config.initializer_range) if p.dim() > 1 else nn.init.zeros_(p)
     if missing:
         raise ValueError(f"backbone {name_or_folder!r}: found no weights for {missing[:3]}")
     shapes = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
@@ -282,6 +313,29 @@ def load_backbone(name_or_folder: str, labels: int) -> nn.Module:
         if not torch.isfinite(p).all():
             raise ValueError(f"backbone {name_or_folder!r}: found a non-finite value in {name}")
     return model
+
+
+def load_tokenizer(name_or_folder: str):
+    """A backbone's tokenizer, as transformers loads it. Raises ValueError if there is none."""
+    from transformers import AutoTokenizer, utils
+
+    utils.logging.set_verbosity_error()
+    try:
+        return AutoTokenizer.from_pretrained(name_or_folder)
+    except Exception as error:  # transformers, hub and tokenizers raise each their own kinds
+        first = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"backbone {name_or_folder!r}: wanted a tokenizer beside the model; found {first}"
+        ) from error
+
+
+def positions_of(model: nn.Module) -> int:
+    """The longest text, in tokens, that a model has positions for."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            before = -1 if module.padding_idx is None else module.padding_idx  # as RoBERTa counts
+            return module.num_embeddings - before - 1
+    return model.config.max_position_embeddings
 
 
 def head_of(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -326,6 +380,31 @@ class ImageTask(Dataset):
         return {"pixel_values": pixels, "labels": self.labels[indices]}
 
 
+class TextTask(Dataset):
+    """Texts, or pairs of texts, and labels (n,), cut to `length` tokens and padded by `collate`.
+
+    columns: one list of n texts, or two. `truncated` says how many were longer.
+    """
+
+    def __init__(self, columns: list[list[str]], labels: torch.Tensor, tokenizer, length: int):
+        self.labels, self.tokenizer = labels, tokenizer
+        self.rows = tokenizer(*columns, truncation=True, max_length=length)
+        whole = tokenizer(*columns, truncation=False, verbose=False)["input_ids"]
+        self.truncated = sum(len(ids) > length for ids in whole)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> int:
+        return i
+
+    def collate(self, indices: list[int]) -> dict[str, torch.Tensor]:
+        """A batch as transformers' text classifiers take it, as long as its longest text."""
+        rows = {key: [values[i] for i in indices] for key, values in self.rows.items()}
+        padded = self.tokenizer.pad(rows, return_tensors="pt", verbose=False)
+        return {**padded, "labels": self.labels[indices]}
+
+
 # ---------------------------------------------------------------- adapters on disk
 
 
@@ -367,7 +446,8 @@ class LazyAdapter(Mapping):
 
     def __getitem__(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         with self._open() as tensors:
-            return self._pairs({k: tensors.get_tensor(k) for k in self._keys[name]})[name]
+            copies = {k: tensors.get_tensor(k).clone() for k in self._keys[name]}  # no mapped file
+        return self._pairs(copies)[name]
 
     def __iter__(self):
         return iter(self._keys)
@@ -576,6 +656,12 @@ def _eigenlorax(model: nn.Module, row: Mapping, generator, adapters: list[Mappin
                     torch.randn(o, k, generator=generator),
                 )
                 subspaces |= eigenlorax.recycle([{name: (B, A)}], k=k)
+    if extra := row.get("random"):  # unit directions, not made orthogonal to anything
+        for s in subspaces.values():
+            for side in ("V_A", "V_B"):
+                V = getattr(s, side)
+                noise = torch.randn(extra, V.shape[1], generator=generator)
+                setattr(s, side, torch.cat([V, nn.functional.normalize(noise).to(V)]))
     if row.get("frozen"):
         options["init"] = "random"
     modules = eigenlorax.adapt(model, subspaces, **options)
@@ -627,3 +713,401 @@ def build(model: nn.Module, row: Mapping, seed: int, adapters: Iterable[Mapping]
     for p in head:
         p.requires_grad_(True)
     return model, modules, penalty
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def parse(kind: type, arguments: list[str] | None = None):
+    """The command line as an instance of the dataclass `kind`: an option per field.
+
+    Help is the comment on the field's line; the description is the docstring of its module.
+    """
+    module = sys.modules[kind.__module__]
+    parser = argparse.ArgumentParser(
+        description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    comments = {}
+    for line in Path(module.__file__).read_text(encoding="utf-8").splitlines():
+        name, _, comment = line.strip().partition("  # ")
+        comments[name.partition(":")[0]] = comments.get(name.partition(":")[0], comment)
+    for f in fields(kind):
+        option = f"--{f.name.replace('_', '-')}"
+        if f.type is bool:
+            parser.add_argument(option, action="store_true", help=comments[f.name])
+        else:
+            parser.add_argument(
+                option,
+                type=f.type,
+                default=f.default,
+                help=comments[f.name],
+                metavar=f.type.__name__.upper(),
+            )
+    return kind(**vars(parser.parse_args(arguments)))
+
+
+def filled(config, preset: Mapping):
+    """`config` with the preset's values where the user left the default."""
+    unset = {f.name: f.default for f in fields(config)}
+    return replace(config, **{k: v for k, v in preset.items() if getattr(config, k) == unset[k]})
+
+
+def check_options(config, least: Mapping[str, int], known: Mapping[str, list[str]]) -> None:
+    """Raises ValueError for an option below its least value, or not one of those known."""
+    for name, wanted in least.items():
+        if getattr(config, name) < wanted:
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"found {option} {getattr(config, name)}; wanted {wanted} or more")
+    for name, choices in {**known, "mixed_precision": ["no", "bf16", "fp16"]}.items():
+        if getattr(config, name) not in choices:
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"found {option} {getattr(config, name)}; wanted one of {choices}")
+    if config.seeds > TUNING_SEEDS[0]:
+        raise ValueError(f"found --seeds {config.seeds}; wanted at most {TUNING_SEEDS[0]}")
+    if config.out and Path(config.out).suffix != ".json":
+        raise ValueError(f"found --out {config.out}; wanted a name that ends in .json")
+
+
+def check_components(components: int, rank: int, others: int) -> None:
+    """Raises ValueError if `others` adapters of a rank have fewer directions than components."""
+    if components > rank * others:
+        raise ValueError(
+            f"found --components {components}; wanted at most {rank * others},"
+            f" the directions of {others} adapters of rank {rank}"
+        )
+
+
+def cores() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def resolved(name_or_folder: str) -> str:
+    """A folder's full path, so that two of one name differ; a hub name as it is."""
+    folder = Path(name_or_folder)
+    return str(folder.resolve()) if folder.is_dir() else name_or_folder
+
+
+# ---------------------------------------------------------------- tables of runs
+
+NEEDS = {"recycle", "start"}  # what a row builds on: its adapters, or the state it goes on from
+TUNING_SEEDS = (100,)
+
+
+def row(name: str, method: str, **options) -> dict:
+    """A line of a table: what it is called and how `build` makes it."""
+    return {"row": name, "method": method, **options}
+
+
+def read_rates(text: str, preset: Mapping) -> dict:
+    """The preset's learning rates, or "ROW=RATE;…". Raises ValueError for unknown rows."""
+    rates = dict(preset)
+    for item in filter(None, text.split(";")):
+        name, _, rate = item.strip().rpartition("=")
+        if name not in rates:
+            raise ValueError(f"found row {name!r} in --lr; wanted one of {', '.join(rates)}")
+        try:
+            rates[name] = float(rate)
+        except ValueError:
+            rates[name] = -1.0
+        if not 0 < rates[name] < math.inf:
+            raise ValueError(f"found rate {rate!r} for {name} in --lr; wanted a number above 0")
+    return rates
+
+
+def specify(
+    rows: list[dict], rates: Mapping, tasks: Iterable[str], seeds: Iterable[int]
+) -> list[dict]:
+    """Every run of the rows: row × task × seed, with its learning rate.
+
+    A row has the rate of its name, or that of the row it names as `rate`.
+    """
+
+    def rate(r: dict) -> dict:
+        """The row with its rate, and so the rows that it builds on."""
+        kept = {k: v for k, v in r.items() if k != "rate"} | {k: rate(r[k]) for k in NEEDS & set(r)}
+        return {**kept, "lr": rates[r.get("rate", r["row"])]}
+
+    rated = [rate(r) for r in rows]
+    return [{**r, "task": t, "seed": s} for s in seeds for t in tasks for r in rated]
+
+
+def waves(specs: list[dict]) -> list[list[dict]]:
+    """The runs in groups, each of which builds on the groups before it and not on itself."""
+    depth = lambda row: max((1 + depth(row[k]) for k in NEEDS & set(row)), default=0)  # noqa: E731
+    groups = {}
+    for spec in specs:
+        groups.setdefault(depth(spec), []).append(spec)
+    return [group for _, group in sorted(groups.items())]
+
+
+def adapter_folder(folder: Path, spec: dict) -> Path:
+    """Where a run that others build on leaves what it trained."""
+    return folder / "adapters" / fingerprint(spec)
+
+
+def recycled(spec: dict, names: list[str], folder: Path) -> list[Mapping]:
+    """The adapters of the other tasks, as PEFT left them on disk; with noise if the row says so."""
+    others = [{**spec["recycle"], "task": t, "seed": spec["seed"]} for t in names]
+    others.pop(names.index(spec["task"]))
+    adapters = [LazyAdapter(adapter_folder(folder, o)) for o in others]
+    adapters = adapters[: spec.get("adapters")]
+    if noise := spec.get("noise"):  # a fraction of the root mean square of each matrix
+        generator = torch.Generator().manual_seed(spec["seed"])
+
+        def add(W: torch.Tensor) -> torch.Tensor:
+            scale = noise * W.square().mean().sqrt()
+            return W + scale * torch.randn(W.shape, generator=generator)
+
+        adapters = [{name: (add(B), add(A)) for name, (B, A) in a.items()} for a in adapters]
+    return adapters
+
+
+def fit(
+    spec: dict,
+    model: nn.Module,
+    data: Mapping[str, Dataset],
+    names: list[str],
+    folder: Path,
+    seed: int,
+    *,
+    mixed_precision: str,
+    metric: str = "accuracy",
+    **training,
+) -> tuple[nn.Module, dict, dict]:
+    """Adapt, train and score a model as a run says: (model, modules of ours, result).
+
+    data: the splits train, validation and test, each with a `collate`; names: of all tasks;
+    folder: where runs leave what others build on; training: what `train` takes besides.
+    """
+    accelerate = accelerator(mixed_precision=mixed_precision)
+    head = sum(p.numel() for _, p in head_of(model))
+    adapters = recycled(spec, names, folder) if "recycle" in spec else []
+    model, modules, penalty = build(model, spec, seed, adapters)
+    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    if "start" in spec:
+        start = {**spec["start"], "task": spec["task"], "seed": spec["seed"]}
+        model.load_state_dict(load_file(adapter_folder(folder, start) / "state.safetensors"), False)
+    if spec.get("regauge"):
+        for module in modules.values():
+            B, A = resora.regauge(module.B.data, module.A.data)
+            module.B.data, module.A.data = B, A
+    losses = train(
+        model,
+        data["train"],
+        accelerate,
+        seed=seed + ("start" in spec),
+        collate=data["train"].collate,
+        penalty=penalty,
+        **training,
+    )
+    result = {"trainable": sum(p.numel() for p in trainable.values()) - head, "losses": losses}
+    for split in ("validation", "test"):
+        collate = data[split].collate
+        result[split] = evaluate(model, data[split], accelerate, collate=collate, metric=metric)
+    if spec["method"] == "lora":
+        with replacing(adapter_folder(folder, spec)) as temporary:
+            model.save_pretrained(temporary)
+    if spec["method"] == "hra":  # ‖I − ÛᵀÛ‖_F, mean over layers
+        orthogonality = [module.penalty().sqrt().item() for module in modules.values()]
+        result["orthogonality"] = statistics.fmean(orthogonality)
+    if spec["method"] in ("eigenlorax", "resora"):  # what a second stage starts from
+        with replacing(adapter_folder(folder, spec)) as temporary:
+            temporary.mkdir()
+            save_file({n: p.data for n, p in trainable.items()}, temporary / "state.safetensors")
+    return model, modules, result
+
+
+def quiet_single_thread() -> None:
+    """What a worker process starts with: one thread, Ctrl-C left to its parent, its end as well."""
+    from tqdm.auto import tqdm
+
+    torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore that a killed process leaks
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    follow = lambda: (parent_process().join(), os._exit(1))  # noqa: E731
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def forgiving(spec: dict, work: Callable[[dict], dict]) -> dict:
+    """`work(spec)`; where the training diverges, the score of a guess."""
+    try:
+        return work(spec)
+    except Diverged:
+        return {"validation": 0.0}
+
+
+def finish(specs: list[dict], work: Callable[[dict], dict], results: Results, config) -> list[dict]:
+    """The results of all runs, in order: those on disk as they are, the others made by `work`.
+
+    With config.jobs above one, each is a process of one thread. Raises OSError if one was killed,
+    and Diverged, unless config.tune.
+    """
+    from tqdm.auto import tqdm
+
+    work = functools.partial(forgiving, work=work) if config.tune else work
+    missing = [spec for wave in waves(specs) for spec in wave if results.get(spec) is None]
+    bar = tqdm(total=len(specs), initial=len(specs) - len(missing), unit="run")
+    title = lambda spec: f"{spec['row']}, {spec['task']}, seed {spec['seed']}"  # noqa: E731
+    if config.jobs == 1:
+        for spec in missing:
+            bar.set_description_str(title(spec))
+            results.put(spec, work(spec))
+            bar.update()
+    elif missing:
+        pool = ProcessPoolExecutor(
+            min(config.jobs, len(missing)), get_context("spawn"), quiet_single_thread
+        )
+        try:
+            for wave in waves(missing):
+                waiting = {pool.submit(work, spec): spec for spec in wave}
+                for done in as_completed(waiting):
+                    results.put(waiting[done], done.result())
+                    bar.set_description_str(title(waiting[done]))
+                    bar.update()
+        except BaseException as error:
+            for process in pool._processes.values():
+                process.terminate()
+            bar.close()
+            if isinstance(error, BrokenProcessPool):
+                raise OSError(
+                    "a worker was killed (memory?); the same command continues"
+                ) from error
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+    bar.close()
+    return [{**spec, **results.get(spec)} for spec in specs]
+
+
+def results_of(config, name: str, *scripts, **about) -> Results:
+    """Where the runs of a configuration are kept, by all that they depend on.
+
+    scripts: the modules that make them; about: what stands in for, or adds to, options.
+    """
+    alike = ("table", "seeds", "lr", "quick", "tune", "jobs", "runs", "out", "components", "rank")
+    settings = {k: v for k, v in asdict(config).items() if k not in alike}
+    code = code_fingerprint(sys.modules[__name__], eigenlorax, hra, resora, *scripts)
+    return Results(config.runs, name, {**settings, **about, "code": code, **environment()})
+
+
+def summary(runs: list[dict], split: str = "test") -> list[dict]:
+    """One entry per row: size, score per task (mean over seeds), mean ± std over seeds."""
+    rows = []
+    for name in dict.fromkeys(run["row"] for run in runs):
+        mine = [run for run in runs if run["row"] == name]
+        by_task, by_seed = {}, {}
+        for r in mine:
+            by_task.setdefault(r["task"], []).append(r[split])
+            by_seed.setdefault(r["seed"], []).append(r[split])
+        means = [statistics.fmean(scores) for scores in by_seed.values()]
+        rows.append(
+            {
+                "row": name,
+                "trainable": mine[0]["trainable"],
+                "tasks": {task: statistics.fmean(scores) for task, scores in by_task.items()},
+                "mean": statistics.fmean(means),
+                "std": statistics.stdev(means) if len(means) > 1 else 0.0,
+            }
+        )
+    return rows
+
+
+def as_table(rows: list[dict]) -> str:
+    """The rows of `summary` as a Markdown table, scores in per cent."""
+    heads = ["", "trainable", *rows[0]["tasks"], "mean ± std"]
+    lines = [heads, ["---"] + ["---:"] * (len(heads) - 1)]
+    for r in rows:
+        scores = [f"{100 * score:.1f}" for score in r["tasks"].values()]
+        last = f"{100 * r['mean']:.1f} ± {100 * r['std']:.1f}"
+        lines.append([r["row"], f"{r['trainable']:,}", *scores, last])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
+    pad = lambda cell, i: cell.ljust(widths[i]) if i == 0 else cell.rjust(widths[i])  # noqa: E731
+    return "\n".join("| " + " | ".join(map(pad, x, range(len(x)))) + " |" for x in lines)
+
+
+def report(config, out: Path, runs: list[dict], figure: str, note: str, **about) -> None:
+    """Print a table and its note, write its JSON and draw its figure, figures/FIGURE.py."""
+    draws = import_module(f"figures.{figure}")
+    setting = {"config": asdict(config), "environment": environment(), **about}
+    data = {**setting, "rows": summary(runs), "runs": runs}
+    write_json(out, data)
+    print(f"{as_table(data['rows'])}\n\n{note}")
+    if hasattr(draws, "verdicts"):
+        print(draws.verdicts(data))
+    print(f"{out}\n{draws.draw(out)}")
+
+
+def tune(
+    config,
+    out: Path,
+    rows: Iterable[dict],
+    rates: Mapping,
+    grid: Iterable[float],
+    tasks: list[str],
+    finish: Callable[[list[dict]], list[dict]],
+    **about,
+) -> None:
+    """Choose every row's learning rate on the validation split, with a seed that no table uses.
+
+    rows: those of all tables; a row is tuned if `rates` has its name, and else has the rate of
+    another. finish: makes the runs.
+    """
+    rates, validation = dict(rates), {}
+    rows = {r["row"]: r for r in rows if r["row"] in rates}
+    for later in (False, True):  # the adapters first, at their best rate
+        group = [r for r in rows.values() if ("recycle" in r) == later]
+        specs = [
+            spec
+            for lr in grid
+            for spec in specify(group, rates | {r["row"]: lr for r in group}, tasks, TUNING_SEEDS)
+        ]
+        runs = finish(specs)
+        for r in group:
+            scores = {
+                lr: statistics.fmean(
+                    x["validation"] for x in runs if (x["row"], x["lr"]) == (r["row"], lr)
+                )
+                for lr in grid
+            }
+            validation[r["row"]] = {str(lr): score for lr, score in scores.items()}
+            rates[r["row"]] = max(scores, key=scores.get)
+            print(f"{r['row']:20} {rates[r['row']]:<8g}", *(f"{s:.3f}" for s in scores.values()))
+    setting = {"config": asdict(config), "environment": environment(), **about}
+    write_json(out, {**setting, "validation": validation, "chosen": rates})
+    print(out)
+
+
+def bars(axes, rows: list[dict]) -> None:
+    """A bar per row of `summary`, dark for ours: mean ± std over seeds, and a stroke per task."""
+    ours = ("EigenLoRAx", "HRA", "ReSoRA")
+    axes.barh(
+        range(len(rows)),
+        [100 * r["mean"] for r in rows],
+        xerr=[100 * r["std"] for r in rows],
+        color=["0.45" if any(name in r["row"] for name in ours) else "0.8" for r in rows],
+        capsize=3,
+    )
+    for i, r in enumerate(rows):
+        scores = [100 * score for score in r["tasks"].values()]
+        axes.plot(scores, [i] * len(scores), "|", color="black", markersize=8)
+    axes.set_yticks(range(len(rows)), [f"{r['row']}  ({r['trainable']:,})" for r in rows])
+    axes.invert_yaxis()
+    axes.set_ylabel("method (trained numbers, head apart)")
+
+
+def draw_rates(source: str | Path) -> Path:
+    """Draw what `tune` wrote: validation score against learning rate, a line per row."""
+    data = read_json(source)
+    plt = plotting()
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for i, (name, scores) in enumerate(data["validation"].items()):
+        rates = sorted(map(float, scores))
+        heights = [100 * scores[str(rate)] for rate in rates]
+        grey = str(0.7 * (i % 3) / 2)
+        axes.plot(rates, heights, "os^D*"[i % 5], linestyle=("-", "--", ":")[i % 3], color=grey)
+        axes.lines[-1].set_label(f"{name}: {data['chosen'][name]:g}")
+    axes.set(xscale="log", xlabel="learning rate", ylabel="validation score in %, mean of tasks")
+    axes.set_title("Each method at the learning rate that validation chose", fontsize="medium")
+    figure.legend(loc="outside right", frameon=False, fontsize="small")
+    return save_figure(figure, source)

@@ -19,30 +19,18 @@ Finished runs are kept in runs/ under a name that changes with the configuration
 the versions; the same command continues from them.
 """
 
-import argparse
 import functools
-import math
-import os
-import signal
-import statistics
 import sys
-import threading
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
-from importlib import import_module
-from multiprocessing import get_context, parent_process
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
 import common
-import eigenlorax
-import hra
-import resora
+from common import row
 
 VIEWS = {
     "rotate 90°": lambda x: x.rot90(1, (-2, -1)),
@@ -118,7 +106,6 @@ LEARNING_RATES = {  # rows that name no rate of their own have that of the row t
     },
 }
 GRID = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)  # learning rates that --tune tries
-TUNING_SEEDS = (100,)
 
 
 def preset(config: Config) -> str:
@@ -133,46 +120,22 @@ def complete(config: Config) -> Config:
             f"found --backbone {config.backbone} with --data {config.data};"
             " wanted both to be digits, or neither"
         )
-    unset = {f.name: f.default for f in fields(Config)}
-    filled = {k: v for k, v in PRESETS[preset(config)].items() if getattr(config, k) == unset[k]}
-    config = replace(config, **filled)
+    config = common.filled(config, PRESETS[preset(config)])
     if config.quick:
         config = replace(config, seeds=1, epochs=max(1, config.epochs // 3))
     if not config.jobs:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        config = replace(config, jobs=cores if preset(config) == "digits" else 1)
+        config = replace(config, jobs=common.cores() if preset(config) == "digits" else 1)
     least = dict.fromkeys(("seeds", "epochs", "batch_size", "components", "rank", "jobs"), 1)
-    for name, wanted in {**least, "subsets": 2, "classes": 2, "images": 0, "image_size": 0}.items():
-        if getattr(config, name) < wanted:
-            option = f"--{name.replace('_', '-')}"
-            raise ValueError(f"found {option} {getattr(config, name)}; wanted {wanted} or more")
-    known = {"table": list(TABLES), "mixed_precision": ["no", "bf16", "fp16"]}
-    for name, choices in known.items():
-        if getattr(config, name) not in choices:
-            option = f"--{name.replace('_', '-')}"
-            raise ValueError(f"found {option} {getattr(config, name)}; wanted one of {choices}")
+    least |= {"subsets": 2, "classes": 2, "images": 0, "image_size": 0}
+    common.check_options(config, least, {"table": list(TABLES)})
     others = len(VIEWS) - 1 if preset(config) == "digits" else config.subsets - 1
-    if config.components > LORA["rank"] * others:
-        raise ValueError(
-            f"found --components {config.components}; wanted at most {LORA['rank'] * others},"
-            f" the directions of {others} adapters of rank {LORA['rank']}"
-        )
-    if config.seeds > TUNING_SEEDS[0]:
-        raise ValueError(f"found --seeds {config.seeds}; wanted at most {TUNING_SEEDS[0]}")
-    if config.out and Path(config.out).suffix != ".json":
-        raise ValueError(f"found --out {config.out}; wanted a name that ends in .json")
+    common.check_components(config.components, LORA["rank"], others)
     return config
 
 
 # ---------------------------------------------------------------- rows of the tables
 
 
-def row(name: str, method: str, **options) -> dict:
-    """A line of a table: what it is called and how `common.build` makes it."""
-    return {"row": name, "method": method, **options}
-
-
-NEEDS = {"recycle", "start"}  # what a row builds on: its adapters, or the state it goes on from
 LORA = row("LoRA r=4", "lora", rank=4)  # its adapters are the ones that EigenLoRAx recycles
 
 
@@ -234,8 +197,16 @@ def hra_rows(config: Config) -> list[dict]:
     return rows
 
 
-# λ of ReSoRA: the same for all, not tuned; --table resora-lambda is there to choose by validation
-LAMBDAS = {(metric, level): 1e-2 for level in ("feature", "weight") for metric in resora.METRICS}
+LAMBDAS = {  # λ of ReSoRA, chosen on validation by --table resora-lambda, figures/vit_lambda.json
+    ("euclidean", "feature"): 1e-3,
+    ("cosine", "feature"): 0.1,
+    ("linear", "feature"): 1.0,
+    ("nonlinear", "feature"): 1e-3,
+    ("euclidean", "weight"): 1.0,
+    ("cosine", "weight"): 1e-2,
+    ("linear", "weight"): 1e-3,
+    ("nonlinear", "weight"): 1e-3,
+}
 
 
 def _resora(name: str, rank: int, **options) -> dict:
@@ -287,39 +258,12 @@ FIGURES = {
 
 def rates_of(config: Config) -> dict[str, float]:
     """Learning rate of every row: --lr, else the preset's. Raises ValueError for unknown rows."""
-    rates = dict(LEARNING_RATES[preset(config)])
-    for item in filter(None, config.lr.split(";")):
-        name, _, rate = item.strip().rpartition("=")
-        if name not in rates:
-            raise ValueError(f"found row {name!r} in --lr; wanted one of {', '.join(rates)}")
-        try:
-            rates[name] = float(rate)
-        except ValueError:
-            rates[name] = -1.0
-        if not 0 < rates[name] < math.inf:
-            raise ValueError(f"found rate {rate!r} for {name} in --lr; wanted a number above 0")
-    return rates
+    return common.read_rates(config.lr, LEARNING_RATES[preset(config)])
 
 
 def specify(rows: list[dict], config: Config, rates: dict, seeds: Iterable[int]) -> list[dict]:
     """Every run of the rows: row × task × seed, with its learning rate."""
-
-    def rate(r: dict) -> dict:
-        """The row with its rate, and so the rows that it builds on."""
-        kept = {k: v for k, v in r.items() if k != "rate"} | {k: rate(r[k]) for k in NEEDS & set(r)}
-        return {**kept, "lr": rates[r.get("rate", r["row"])]}
-
-    rated = [rate(r) for r in rows]
-    return [{**r, "task": t, "seed": s} for s in seeds for t in tasks(config) for r in rated]
-
-
-def waves(specs: list[dict]) -> list[list[dict]]:
-    """The runs in groups, each of which builds on the groups before it and not on itself."""
-    depth = lambda row: max((1 + depth(row[k]) for k in NEEDS & set(row)), default=0)  # noqa: E731
-    groups = {}
-    for spec in specs:
-        groups.setdefault(depth(spec), []).append(spec)
-    return [group for _, group in sorted(groups.items())]
+    return common.specify(rows, rates, tasks(config), seeds)
 
 
 # ---------------------------------------------------------------- tasks
@@ -485,28 +429,6 @@ def digits_backbone(config: Config) -> Path:
     return folder
 
 
-def adapter_folder(folder: Path, spec: dict) -> Path:
-    """Where a run that others build on leaves what it trained."""
-    return folder / "adapters" / common.fingerprint(spec)
-
-
-def recycled(spec: dict, names: list[str], folder: Path) -> list[Mapping]:
-    """The adapters of the other tasks, as PEFT left them on disk; with noise if the row says so."""
-    others = [{**spec["recycle"], "task": t, "seed": spec["seed"]} for t in names]
-    others.pop(names.index(spec["task"]))
-    adapters = [common.LazyAdapter(adapter_folder(folder, o)) for o in others]
-    adapters = adapters[: spec.get("adapters")]
-    if noise := spec.get("noise"):  # a fraction of the root mean square of each matrix
-        generator = torch.Generator().manual_seed(spec["seed"])
-
-        def add(W: torch.Tensor) -> torch.Tensor:
-            scale = noise * W.square().mean().sqrt()
-            return W + scale * torch.randn(W.shape, generator=generator)
-
-        adapters = [{name: (add(B), add(A)) for name, (B, A) in a.items()} for a in adapters]
-    return adapters
-
-
 def run(spec: dict, config: Config, backbone: str, folder: Path) -> dict:
     """Train and score one row on one task with one seed: accuracies and sizes, JSON-like."""
     from transformers import set_seed
@@ -514,58 +436,28 @@ def run(spec: dict, config: Config, backbone: str, folder: Path) -> dict:
     names = tasks(config)
     seed = 1000 * spec["seed"] + names.index(spec["task"])
     data = load(config, spec["task"], spec["seed"])
-    accelerate = common.accelerator(mixed_precision=config.mixed_precision)
-    score = functools.partial(common.evaluate, accelerate=accelerate)
     set_seed(seed)  # of the head
-    model = common.load_backbone(backbone, 10 if config.data == "digits" else config.classes)
-    head = sum(p.numel() for _, p in common.head_of(model))
-    trunk = model
-    adapters = recycled(spec, names, folder) if "recycle" in spec else []
-    model, modules, penalty = common.build(model, spec, seed, adapters)
-    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    if "start" in spec:
-        start = {**spec["start"], "task": spec["task"], "seed": spec["seed"]}
-        model.load_state_dict(load_file(adapter_folder(folder, start) / "state.safetensors"), False)
-    if spec.get("regauge"):
-        for module in modules.values():
-            B, A = resora.regauge(module.B.data, module.A.data)
-            module.B.data, module.A.data = B, A
-    try:
-        losses = common.train(
-            model,
-            data["train"],
-            accelerate,
-            epochs=config.epochs * spec.get("stages", 1),
-            batch_size=config.batch_size,
-            lr=spec["lr"],
-            weight_decay=config.weight_decay,
-            seed=seed + ("start" in spec),
-            collate=data["train"].collate,
-            penalty=penalty,
-        )
-    except common.Diverged:
-        if not config.tune:
-            raise
-        return {"validation": 0.0}
-    result = {"trainable": sum(p.numel() for p in trainable.values()) - head, "losses": losses}
-    for split in ("validation", "test"):
-        result[split] = score(model, data[split], collate=data[split].collate)
-    if spec["method"] == "lora":
-        with common.replacing(adapter_folder(folder, spec)) as temporary:
-            model.save_pretrained(temporary)
-    if spec["method"] == "hra":  # ‖I − ÛᵀÛ‖_F, mean over layers
-        orthogonality = [module.penalty().sqrt().item() for module in modules.values()]
-        result["orthogonality"] = statistics.fmean(orthogonality)
-    if spec["method"] in ("eigenlorax", "resora"):  # what a second stage starts from
-        with common.replacing(adapter_folder(folder, spec)) as temporary:
-            temporary.mkdir()
-            save_file({n: p.data for n, p in trainable.items()}, temporary / "state.safetensors")
+    trunk = common.load_backbone(backbone, 10 if config.data == "digits" else config.classes)
+    model, modules, result = common.fit(
+        spec,
+        trunk,
+        data,
+        names,
+        folder,
+        seed,
+        mixed_precision=config.mixed_precision,
+        epochs=config.epochs * spec.get("stages", 1),
+        batch_size=config.batch_size,
+        lr=spec["lr"],
+        weight_decay=config.weight_decay,
+    )
     if spec["method"] == "resora":
         result["correlations"] = correlations(model, modules, data["validation"])
     if config.data == "digits":  # what the adapted trunk still knows of the upright digits
         trunk.classifier.load_state_dict(load_file(Path(backbone) / "head.safetensors"))
         upright = digit_task(None, None)["test"]
-        result["source"] = score(model, upright, collate=upright.collate)
+        accelerate = common.accelerator(mixed_precision=config.mixed_precision)
+        result["source"] = common.evaluate(model, upright, accelerate, collate=upright.collate)
     return result
 
 
@@ -589,188 +481,46 @@ def correlations(model, modules: dict, data: common.ImageTask) -> dict[str, list
     return found
 
 
-def quiet_single_thread() -> None:
-    """What a worker process starts with: one thread, Ctrl-C left to its parent, its end as well."""
-    from tqdm.auto import tqdm
-
-    torch.set_num_threads(1)
-    tqdm.set_lock(threading.RLock())  # its own is a semaphore that a killed process leaks
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    follow = lambda: (parent_process().join(), os._exit(1))  # noqa: E731
-    threading.Thread(target=follow, daemon=True).start()
-
-
 def finish(specs: list[dict], config: Config, backbone: str, results: common.Results) -> list[dict]:
     """The results of all runs, in order: those on disk as they are, the others made now."""
-    from tqdm.auto import tqdm
-
-    missing = [spec for wave in waves(specs) for spec in wave if results.get(spec) is None]
     work = functools.partial(run, config=config, backbone=backbone, folder=results.folder)
-    bar = tqdm(total=len(specs), initial=len(specs) - len(missing), unit="run")
-    title = lambda spec: f"{spec['row']}, {spec['task']}, seed {spec['seed']}"  # noqa: E731
-    if config.jobs == 1:
-        for spec in missing:
-            bar.set_description_str(title(spec))
-            results.put(spec, work(spec))
-            bar.update()
-    elif missing:
-        pool = ProcessPoolExecutor(
-            min(config.jobs, len(missing)), get_context("spawn"), quiet_single_thread
-        )
-        try:
-            for wave in waves(missing):
-                waiting = {pool.submit(work, spec): spec for spec in wave}
-                for done in as_completed(waiting):
-                    results.put(waiting[done], done.result())
-                    bar.set_description_str(title(waiting[done]))
-                    bar.update()
-        except BaseException as error:
-            for process in pool._processes.values():
-                process.terminate()
-            bar.close()
-            if isinstance(error, BrokenProcessPool):
-                raise OSError(
-                    "a worker was killed (memory?); the same command continues"
-                ) from error
-            raise
-        finally:
-            pool.shutdown(cancel_futures=True)
-    bar.close()
-    return [{**spec, **results.get(spec)} for spec in specs]
+    return common.finish(specs, work, results, config)
 
 
 def prepare(config: Config) -> tuple[str, common.Results]:
     """The backbone's folder or name, and where the runs of this configuration are kept."""
     for path in filter(None, (config.out, f"{config.runs}/any")):
         common.check_writable(path)
-    backbone, where = config.backbone, Path(config.backbone)
-    name = str(where.resolve()) if where.is_dir() else backbone
+    backbone, name = config.backbone, common.resolved(config.backbone)
     if config.data == "digits":
         torch.set_num_threads(1)  # so small a model is no faster with two; --jobs changes nothing
         backbone = str(digits_backbone(config))
         name = Path(backbone).name
-    alike = ("table", "seeds", "lr", "quick", "tune", "jobs", "runs", "out", "components", "rank")
-    settings = {k: v for k, v in asdict(config).items() if k not in alike}
-    code = common.code_fingerprint(common, eigenlorax, hra, resora, sys.modules[__name__])
-    settings |= {"backbone": name, "code": code, **common.environment()}
-    return backbone, common.Results(config.runs, "vit", settings)
-
-
-def summary(runs: list[dict], split: str = "test") -> list[dict]:
-    """One entry per row: size, accuracy per task (mean over seeds), mean ± std over seeds."""
-    rows = []
-    for name in dict.fromkeys(run["row"] for run in runs):
-        mine = [run for run in runs if run["row"] == name]
-        by_task, by_seed = {}, {}
-        for r in mine:
-            by_task.setdefault(r["task"], []).append(r[split])
-            by_seed.setdefault(r["seed"], []).append(r[split])
-        means = [statistics.fmean(scores) for scores in by_seed.values()]
-        rows.append(
-            {
-                "row": name,
-                "trainable": mine[0]["trainable"],
-                "tasks": {task: statistics.fmean(scores) for task, scores in by_task.items()},
-                "mean": statistics.fmean(means),
-                "std": statistics.stdev(means) if len(means) > 1 else 0.0,
-            }
-        )
-    return rows
-
-
-def as_table(rows: list[dict]) -> str:
-    """The rows of `summary` as a Markdown table, accuracies in per cent."""
-    heads = ["", "trainable", *rows[0]["tasks"], "mean ± std"]
-    lines = [heads, ["---"] + ["---:"] * (len(heads) - 1)]
-    for r in rows:
-        scores = [f"{100 * score:.1f}" for score in r["tasks"].values()]
-        last = f"{100 * r['mean']:.1f} ± {100 * r['std']:.1f}"
-        lines.append([r["row"], f"{r['trainable']:,}", *scores, last])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
-    pad = lambda cell, i: cell.ljust(widths[i]) if i == 0 else cell.rjust(widths[i])  # noqa: E731
-    return "\n".join("| " + " | ".join(map(pad, x, range(len(x)))) + " |" for x in lines)
+    return backbone, common.results_of(config, "vit", sys.modules[__name__], backbone=name)
 
 
 def compare(config: Config) -> None:
     """Make every run of the table; print it, write the JSON and draw the figure."""
-    figure = import_module(f"figures.{FIGURES[config.table]}")
     specs = specify(TABLES[config.table](config), config, rates_of(config), range(config.seeds))
     backbone, results = prepare(config)
-    out = Path(config.out or results.folder / f"{FIGURES[config.table]}.json")
-    runs = finish(specs, config, backbone, results)
-    rows = summary(runs)
-    about = {"config": asdict(config), "environment": common.environment()}
-    common.write_json(out, {**about, "rows": rows, "runs": runs})
-    print(as_table(rows))
-    print(f"\nAccuracy in per cent on the test split, mean over {config.seeds} seed(s).")
-    if hasattr(figure, "table"):
-        print(figure.table({"rows": rows, "runs": runs}))
-    print(f"{out}\n{figure.draw(out)}")
+    figure = FIGURES[config.table]
+    out = Path(config.out or results.folder / f"{figure}.json")
+    note = f"Accuracy in per cent on the test split, mean over {config.seeds} seed(s)."
+    common.report(config, out, finish(specs, config, backbone, results), figure, note)
 
 
 def tune(config: Config) -> None:
-    """Choose every row's learning rate on the validation split, with a seed that no table uses."""
+    """Choose every row's learning rate on the validation split."""
     backbone, results = prepare(config)
     out = Path(config.out or results.folder / "vit_tune.json")
-    rates, grid = dict(LEARNING_RATES[preset(config)]), {}
-    rows = {r["row"]: r for table in TABLES.values() for r in table(config) if r["row"] in rates}
-    for later in (False, True):  # the adapters first, at their best rate
-        group = [r for r in rows.values() if ("recycle" in r) == later]
-        specs = [
-            spec
-            for lr in GRID
-            for spec in specify(group, config, rates | {r["row"]: lr for r in group}, TUNING_SEEDS)
-        ]
-        runs = finish(specs, config, backbone, results)
-        for r in group:
-            scores = {
-                lr: statistics.fmean(
-                    x["validation"] for x in runs if (x["row"], x["lr"]) == (r["row"], lr)
-                )
-                for lr in GRID
-            }
-            grid[r["row"]] = {str(lr): score for lr, score in scores.items()}
-            rates[r["row"]] = max(scores, key=scores.get)
-            print(f"{r['row']:20} {rates[r['row']]:<8g}", *(f"{s:.3f}" for s in scores.values()))
-    common.write_json(
-        out,
-        {
-            "config": asdict(config),
-            "environment": common.environment(),
-            "validation": grid,
-            "chosen": rates,
-        },
-    )
-    print(out)
-
-
-def parse(arguments: list[str] | None = None) -> Config:
-    """The command line as a Config: an option per field."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    comments = {}
-    for line in Path(__file__).read_text(encoding="utf-8").splitlines():
-        name, _, comment = line.strip().partition("  # ")
-        comments[name.partition(":")[0]] = comments.get(name.partition(":")[0], comment)
-    for f in fields(Config):
-        option = f"--{f.name.replace('_', '-')}"
-        if f.type is bool:
-            parser.add_argument(option, action="store_true", help=comments[f.name])
-        else:
-            parser.add_argument(
-                option,
-                type=f.type,
-                default=f.default,
-                help=comments[f.name],
-                metavar=f.type.__name__.upper(),
-            )
-    return Config(**vars(parser.parse_args(arguments)))
+    rows = [r for table in TABLES.values() for r in table(config)]
+    make = functools.partial(finish, config=config, backbone=backbone, results=results)
+    common.tune(config, out, rows, LEARNING_RATES[preset(config)], GRID, tasks(config), make)
 
 
 def main() -> None:
     """Read the command line and do what it says."""
-    config = complete(parse())
+    config = complete(common.parse(Config))
     (tune if config.tune else compare)(config)
 
 

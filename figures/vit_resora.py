@@ -1,10 +1,9 @@
-"""Draw vit_resora.png from vit_resora.json: what ReSoRA's second stage does, beside its controls.
+"""Draw vit_resora.png and .md from vit_resora.json: ReSoRA's second stage beside its controls.
 
 python figures/vit_resora.py [JSON]
 The JSON is written by train_vit.py --table resora --out figures/vit_resora.json.
 """
 
-import statistics
 import sys
 from pathlib import Path
 
@@ -14,26 +13,12 @@ from resora import METRICS
 RANKS = (2, 4, 8)
 
 
-def scores(data: dict, row: str) -> dict[tuple, float]:
-    """{(task, seed): test accuracy} of a row."""
-    return {(r["task"], r["seed"]): r["test"] for r in data["runs"] if r["row"] == row}
-
-
 def gain(data: dict, rows: list[str], others: list[str]) -> tuple[float, float, float]:
-    """Mean accuracy of `rows` minus that of `others`, in points, and its 95 % interval.
-
-    The differences are paired by task and seed.
-    """
-
-    def mean(names: list[str]) -> list[float]:
-        runs = zip(*(scores(data, name).values() for name in names), strict=True)
-        return [100 * statistics.fmean(run) for run in runs]
-
-    differences = [a - b for a, b in zip(mean(rows), mean(others), strict=True)]
-    return statistics.fmean(differences), *common.bootstrap(differences)
+    """Accuracy of `rows` minus that of `others`, in points, and its 95 % interval."""
+    return common.gain(data, rows, others, lambda run: 100 * run["test"])
 
 
-def table(data: dict) -> str:
+def verdicts(data: dict) -> str:
     """What was asked, the paired difference, and what it says, as a Markdown table."""
     levels, others = ("feature", "weight"), [m for m in METRICS if m != "linear"]
     asked = [
@@ -52,7 +37,7 @@ def table(data: dict) -> str:
         mean, low, high = gain(data, rows, others)
         verdict = "supported here" if low > 0 else "the reverse here" if high < 0 else "undecided"
         out.append(f"| {question} | {r} | {mean:+.2f} [{low:+.2f}, {high:+.2f}] | {verdict} |")
-    return "\n".join(out)
+    return "\n".join(out) + "\n"
 
 
 def redundancy(data: dict, row: str):
@@ -64,8 +49,9 @@ def redundancy(data: dict, row: str):
 
 
 def draw(source: str | Path) -> Path:
-    """Draw the figure beside its JSON; returns the path of the PNG."""
+    """Draw the figure and write the table beside their JSON; returns the path of the PNG."""
     data = common.read_json(source)
+    Path(source).with_suffix(".md").write_text(verdicts(data), encoding="utf-8")
     plt = common.plotting()
     figure = plt.figure(figsize=(11, 8), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=(3, 2))
@@ -81,7 +67,7 @@ def draw(source: str | Path) -> Path:
         axes.set_yticks(range(len(names)), [n.partition(", ")[2] for n in names])
         axes.invert_yaxis()
         axes.set_title(f"r = {rank}", fontsize="medium")
-        axes.set_xlabel("accuracy minus the control's (λ = 0), points")
+        axes.set_xlabel("points more than with λ = 0")
     top.suptitle("Second stage with ReSoRA against the same epochs without: mean, 95 % interval")
     arms = {"stage 1": "before", "λ=0": "λ = 0", "linear, feature": "linear metric"}
     layers = len(redundancy(data, "r=4, λ=0"))
@@ -92,7 +78,7 @@ def draw(source: str | Path) -> Path:
             axes.set(xticks=[], yticks=[])
             if i == 0:
                 axes.set_ylabel(label, rotation=0, ha="right", va="center")
-            if row is grid[-1]:
+            if label == "linear metric":
                 axes.set_xlabel(
                     f"layer {i // 2}, {'query' if i % 2 == 0 else 'value'}", fontsize="small"
                 )

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -122,14 +122,14 @@ def test_a_run_killed_between_its_adapter_and_its_result_is_made_again(shared):
     results._file(spec).unlink()
     after = train_vit.finish([spec], base, backbone, results)[0]
     assert before == {k: after[k] for k in before}
-    assert len(common.LazyAdapter(train_vit.adapter_folder(results.folder, spec))) == 8
+    assert len(common.LazyAdapter(common.adapter_folder(results.folder, spec))) == 8
 
 
 def test_every_option_has_its_help(capsys):
     with pytest.raises(SystemExit):
-        train_vit.parse(["--help"])
+        common.parse(train_vit.Config, ["--help"])
     text = capsys.readouterr().out
-    for field in train_vit.fields(train_vit.Config):
+    for field in fields(train_vit.Config):
         assert f"--{field.name.replace('_', '-')} " in text
     assert text.count("None") == 0
 
@@ -252,7 +252,7 @@ def test_adapters_are_recycled_from_the_other_tasks_only(shared, monkeypatch):
     assert result["trainable"] == 4 * 2 * 2 * 16 * 4 == 1024
     results, _, base = shared
     specs = train_vit.specify([train_vit.LORA], base, train_vit.rates_of(base), [0])
-    folders = {s["task"]: train_vit.adapter_folder(results.folder, s) for s in specs}
+    folders = {s["task"]: common.adapter_folder(results.folder, s) for s in specs}
     assert set(opened) == set(folders.values()) - {folders["mirror"]} and len(opened) == 5
     opened.clear()
     result = one(shared, train_vit.eigenlorax_rows, "EigenLoRAx-AUG")
@@ -296,7 +296,7 @@ def test_fixed_rows_of_a_subspace_stay_while_free_ones_train(shared):
     results, backbone, base = shared
     row = next(r for r in train_vit.ablation_rows(base) if r["row"] == "4 free directions added")
     (spec,) = train_vit.specify([row], base, train_vit.rates_of(base), [0])[:1]
-    adapters = train_vit.recycled(spec, train_vit.tasks(base), results.folder)
+    adapters = common.recycled(spec, train_vit.tasks(base), results.folder)
     _, modules, _ = common.build(common.load_backbone(backbone, 10), spec, 0, adapters)
     module = next(iter(modules.values()))
     before, x = module.V_A.detach().clone(), torch.randn(3, 64)
@@ -327,7 +327,7 @@ def left(shared, spec: dict) -> dict:
     """What a run left for a second stage to start from."""
     kept = {k: v for k, v in spec.items() if k not in ("trainable", "losses", "validation")}
     kept = {k: v for k, v in kept.items() if k not in ("test", "source", "correlations")}
-    return load_file(train_vit.adapter_folder(shared[0].folder, kept) / "state.safetensors")
+    return load_file(common.adapter_folder(shared[0].folder, kept) / "state.safetensors")
 
 
 def test_hra_and_resora_rows_report_what_their_figures_need(shared, monkeypatch):
@@ -394,11 +394,11 @@ def test_the_summary_is_the_mean_over_seeds_of_the_mean_over_tasks():
         {"row": "a", "trainable": 7, "task": t, "seed": s, "test": score}
         for (t, s), score in {("x", 0): 0.5, ("y", 0): 0.7, ("x", 1): 0.9, ("y", 1): 0.9}.items()
     ]
-    (row,) = train_vit.summary(runs)
+    (row,) = common.summary(runs)
     assert row["tasks"] == {"x": pytest.approx(0.7), "y": pytest.approx(0.8)}
     assert row["mean"] == pytest.approx(0.75)
     assert row["std"] == pytest.approx(0.15 * 2**0.5)  # of 0.6 and 0.9, n − 1
-    cells = [cell.strip() for cell in train_vit.as_table([row]).splitlines()[-1].split("|")]
+    cells = [cell.strip() for cell in common.as_table([row]).splitlines()[-1].split("|")]
     assert cells[1:-1] == ["a", "7", "70.0", "80.0", "75.0 ± 21.2"]
 
 
@@ -439,7 +439,7 @@ def test_the_quick_demo_runs_as_a_user_runs_it(tmp_path):
     assert len(result["runs"]) == 9 * 6 and next(iter(rows)) == "Full"
     assert rows["Full"]["mean"] > rows["Base"]["mean"] + 0.05
     assert rows["EigenLoRAx"]["mean"] > rows["Base"]["mean"]
-    assert train_vit.as_table(result["rows"]) in done.stdout
+    assert common.as_table(result["rows"]) in done.stdout
     assert out.with_suffix(".png").exists()
 
 
