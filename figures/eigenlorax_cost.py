@@ -222,9 +222,12 @@ def draw(source: Path) -> Path:
                 label += f", energy {row['energy captured']:.7f}"
             axis.text(0, i, label, va="center")
         axis.invert_yaxis()
-        axis.set_xlabel("seconds (median; time / EigenLoRAx's: median, smallest–largest)")
+        axis.set_xlabel("seconds, median")
         case = setting["stack" if name == "stack" else "folder"]
         axis.set_title(titles[name].format(**case), fontsize="medium")
+    figure.suptitle(
+        "In the bars: time / EigenLoRAx's, median (smallest–largest)", fontsize="medium"
+    )
     sizes, last = found["disk"], axes.flat[3]
     last.barh(list(sizes), [size / 2**20 for size in sizes.values()], color="0.6")
     last.invert_yaxis()
