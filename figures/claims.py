@@ -1,0 +1,96 @@
+# ruff: noqa: E501 (sentences)
+"""The README's sentences with measured numbers, made from the committed JSON files.
+
+python figures/claims.py        print them
+"""
+
+import statistics
+from pathlib import Path
+
+import common
+
+FOLDER = Path(__file__).parent
+
+
+def read(name: str) -> dict:
+    """figures/NAME.json."""
+    return common.read_json(FOLDER / f"{name}.json")
+
+
+def hra() -> str:
+    """HRA beside LoRA, OFT and BOFT, and what the penalty costs."""
+    data = read("vit_hra")
+
+    def score(row: str, field: str = "test") -> str:
+        mean, std = common.over_seeds(data, row, field)
+        return f"{100 * mean:.1f} ± {100 * std:.1f}"
+
+    kept = [score(f"HRA r=8, λ={lam}", "source") for lam in ("0", "1e-1")]
+    return (
+        f"At about 4,096 trained numbers HRA r=8 (λ = 0) reaches {score('HRA r=8, λ=0')} %,"
+        f" LoRA r=4 {score('LoRA r=4')}, OFT {score('OFT')}, BOFT {score('BOFT')}."
+        f" With λ = 0.1 the adapted trunk keeps {kept[1]} % of the upright digits instead of"
+        f" {kept[0]}."
+    )
+
+
+def vtab() -> str:
+    """How much of a real adapter lies in the components of others."""
+    A = read("eigenlorax_vtab")["sides"]["A"]
+    few, many = A["ks"].index(4), A["ks"].index(384)
+    real, noise = A["real"], A["control"]
+    held = [[statistics.median(task[i] for task in kind["held_out"]) for kind in (real, noise)]
+            for i in (few, many)]  # fmt: skip
+    return (
+        f"4 components of A hold {100 * real['spectrum'][3]:.0f} % of the energy of all 14 adapters"
+        f" and {100 * held[0][0]:.0f} % of one left out (median); 384 components"
+        f" {100 * held[1][0]:.0f} %, where white noise has {100 * held[1][1]:.0f} %. Cosines between"
+        f" the tasks' A average {real['cosine']['mean']:.2f} and reach"
+        f" {real['cosine']['largest absolute']:.2f}: part of what looks shared is a shared start."
+    )
+
+
+def cost() -> str:
+    """Ratios measured side by side, as a list."""
+    rows = {x["contender"]: x for x in read("hra_cost")["results"] if (x["d"], x["r"]) == (4096, 8)}
+    saved = {name: x["saved_bytes"] / rows["LoRA"]["saved_bytes"] for name, x in rows.items()}
+    ours, peft = rows["HRA, ours"]["times_lora"], rows["HRA, PEFT"]["times_lora"]
+    steps = {(x["rank"], x["contender"]): x["times_plain"] for x in read("resora_cost")["results"]}
+    added = lambda name, r=8: f"{round(100 * (steps[r, name] - 1)) + 0:+d} %"  # noqa: E731
+    folder = read("eigenlorax_cost")["results"]
+    ratio = lambda part, name: format(part[name]["time / EigenLoRAx's"], ".1f")  # noqa: E731
+    cases = {
+        (c["d"], c["tasks"], c["tokens"]): c["rows"] for c in read("eigenlorax_serving")["cases"]
+    }
+    served = {key: rows["PEFT adapter_names"]["time / EigenLoRAx's"] for key, rows in cases.items()}
+    alone = cases[768, 64, 1]["base, no adapter"]["time / EigenLoRAx's"]
+    big = cases[768, 64, 1]
+    memory = big["PEFT adapter_names"]["bytes"] / big["EigenLoRAx"]["bytes"]
+    disk = {name: size / 2**20 for name, size in folder["disk"].items()}
+    return "\n".join(
+        [
+            f"- HRA r=8, a layer with d = o = 4096, forward and backward: {ours:.2f} times LoRA's time"
+            f" and {saved['HRA, ours']:.2f} times its saved memory; PEFT's HRA {peft:.0f} times and"
+            f" {saved['HRA, PEFT']:.0f} times ([figure](figures/hra_cost.png)).",
+            f"- ReSoRA, a training step of a ViT-S, r=8: euclidean {added('euclidean')}, cosine"
+            f" {added('cosine')}, linear {added('linear')}, nonlinear {added('nonlinear')}; computed"
+            f" literally, linear takes {steps[8, 'linear, materialised']:.0f} times as long. The"
+            f" rounds spread by ten points ([figure](figures/resora_cost.png)).",
+            f"- EigenLoRAx, components of 20 adapters: vlora takes {ratio(folder['folder']['memory'], 'vlora')}"
+            f" times as long (for 20 vectors a module, not 160), lorashare, from disk,"
+            f" {ratio(folder['folder']['disk'], 'lorashare')} times; a stack of 8,000 × 4,096:"
+            f" svd_lowrank with 40 iterations {ratio(folder['stack'], 'svd_lowrank niter=40')} times"
+            f" and less exact. Recycling 200 adapters from disk takes {disk['peak, lazy']:.0f} MiB at"
+            f" its peak, {disk['peak, eager']:.0f} if all are loaded ([figure](figures/eigenlorax_cost.png)).",
+            f"- EigenLoRAx, 64 tasks in a batch, a token each: {served[384, 64, 1]:.1f} times PEFT's speed"
+            f" at d = 384, {served[768, 64, 1]:.1f} at d = 768, where the base alone would be at"
+            f" {served[768, 64, 1] / alone:.1f}; with 32 tokens {served[384, 64, 32]:.1f} and"
+            f" {served[768, 64, 32]:.1f}. The adapters take {memory:.0f} times less memory at a"
+            f" relative error of {big['EigenLoRAx']['relative error of ΔW']:.2f} in ΔW"
+            f" ([figure](figures/eigenlorax_serving.png)).",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    print(hra(), vtab(), cost(), sep="\n\n")
