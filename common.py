@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import signal
 import statistics
@@ -420,7 +421,10 @@ class LazyAdapter(Mapping):
         if not self.file.is_file():
             found = sorted(child.name for child in Path(folder).glob("*"))
             raise ValueError(f"wanted {self.file}; found {found or 'no such folder'}")
-        self.config = read_json(self.file.with_name("adapter_config.json"))
+        about = self.file.with_name("adapter_config.json")
+        self.config = read_json(about) if about.is_file() else None
+        if not isinstance(self.config, dict):
+            raise ValueError(f"wanted a JSON object in {about}; found {self.config or 'none'}")
         with self._open() as tensors:
             shapes = {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}
         empty = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
@@ -437,7 +441,7 @@ class LazyAdapter(Mapping):
     def _pairs(self, tensors: dict) -> dict:
         try:
             pairs = eigenlorax.lora_pairs(tensors, self.config)
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, re.error) as error:
             raise ValueError(f"{self.file}, with its adapter_config.json: {error}") from error
         for name, pair in pairs.items():
             if not all(factor.is_meta or factor.isfinite().all() for factor in pair):
@@ -469,6 +473,9 @@ def save_bank(path: str | Path, subspaces: Mapping, modules: Mapping) -> None:
         raise ValueError(f"found modules {sorted(modules)}; wanted {sorted(subspaces)}")
     tensors, about = {}, {}
     for name, module in modules.items():
+        for side in ("V_A", "V_B"):
+            if not torch.equal(getattr(module, side).cpu(), getattr(subspaces[name], side).cpu()):
+                raise ValueError(f"{name}.{side} differs from its subspace's; wanted the same")
         values = {f.name: getattr(subspaces[name], f.name) for f in fields(subspaces[name])}
         values |= {"alpha_A": module.alpha_A, "alpha_B": module.alpha_B}
         held = {k: v.detach() for k, v in values.items() if torch.is_tensor(v)}
@@ -498,6 +505,10 @@ def load_bank(path: str | Path, model: nn.Module) -> tuple[dict, dict]:
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} is not a bank written by save_bank: {error}") from error
     bad = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
+    bad += [name for name, scaling in scalings.items() if not 0 < abs(scaling) < math.inf]
+    for name, subspace in subspaces.items():
+        shapes = [(tasks, len(V), rank) for V in (subspace.V_A, subspace.V_B)]
+        bad += [name] * ([alpha.shape for alpha in alphas[name]] != shapes)
     if bad or others:
         raise ValueError(f"{path}: found {bad or others}; wanted finite numbers, one rank for all")
     modules = eigenlorax.adapt(model, subspaces, rank, tasks=tasks)

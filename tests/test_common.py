@@ -3,6 +3,7 @@
 import os
 import pickle
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -290,10 +291,18 @@ def test_bad_adapter_folders_are_named(tmp_path):
         with pytest.raises(ValueError, match=f"{file.name} is not a whole safetensors file"):
             common.LazyAdapter(tmp_path)
     file.write_bytes(whole)
-    for text in ("[1]", '{"peft_type": "LORA", "lora_alpha": "y"}', '{"lora_alpha": NaN}'):
+    texts = ['{"peft_type": "LORA", "lora_alpha": "y"}', '{"lora_alpha": NaN}']
+    for text in (*texts, '{"alpha_pattern": {"(": 1}}'):
         (tmp_path / "adapter_config.json").write_text(text)
         with pytest.raises(ValueError, match="adapter_model.safetensors"):
             next(iter(common.LazyAdapter(tmp_path).values()))
+    for text, found in (("[1]", r"\[1\]"), ("null", "none")):  # null would lose the scaling
+        (tmp_path / "adapter_config.json").write_text(text)
+        with pytest.raises(ValueError, match=rf"wanted a JSON object in .*found {found}"):
+            common.LazyAdapter(tmp_path)
+    (tmp_path / "adapter_config.json").unlink()
+    with pytest.raises(ValueError, match=r"JSON object in .*adapter_config\.json; found none"):
+        common.LazyAdapter(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{")
     with pytest.raises(ValueError, match=r"adapter_config\.json is not valid JSON"):
         common.LazyAdapter(tmp_path)
@@ -321,6 +330,30 @@ def test_a_bank_comes_back_as_it_was(tmp_path):
         assert again[name].count == subspaces[name].count == 6
     grown = eigenlorax.update(again, adapters[:1])  # a loaded bank can go on growing
     assert {s.count for s in grown.values()} == {8}
+
+
+def test_a_bank_whose_parts_do_not_fit_is_neither_saved_nor_loaded(tmp_path):
+    save_lora(tmp_path / "one")
+    model, adapters = tiny_vit(), [common.LazyAdapter(tmp_path / "one")]
+    subspaces = eigenlorax.recycle(adapters)
+    modules = eigenlorax.adapt(model, subspaces, rank=2)
+    name = next(iter(modules))
+    turned = {n: replace(s, V_A=-s.V_A) for n, s in subspaces.items()}
+    file = tmp_path / "bank.safetensors"
+    with pytest.raises(ValueError, match="V_A differs from its subspace's"):
+        common.save_bank(file, turned, modules)
+    assert not file.exists()
+    for spoil in (
+        lambda m: setattr(m, "scaling", float("inf")),
+        lambda m: setattr(m, "alpha_A", nn.Parameter(m.alpha_A[:, :1])),
+    ):
+        copies = eigenlorax.adapt(tiny_vit(), subspaces, rank=2)
+        spoil(copies[name])
+        common.save_bank(file, subspaces, copies)
+        untouched = tiny_vit()
+        with pytest.raises(ValueError, match=rf"bank.safetensors: found .*{name}"):
+            common.load_bank(file, untouched)
+        assert not any(isinstance(m, eigenlorax.EigenLoRAxLinear) for m in untouched.modules())
 
 
 def test_a_file_that_is_no_bank_is_refused(tmp_path):
