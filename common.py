@@ -36,7 +36,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils import parametrize
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 import eigenlorax
 import hra
@@ -48,7 +48,13 @@ import resora
 def one_line_errors(main: Callable[[], None]) -> None:
     """Run a script's main: a user's mistake ends it with one line and exit code 1."""
     try:
+        if torch.distributed.is_torchelastic_launched():  # before anything is written
+            from accelerate import PartialState
+
+            PartialState(cpu=not torch.accelerator.is_available())
         main()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     except KeyboardInterrupt:
         sys.exit("\ninterrupted: finished runs are kept, the same command continues from them")
     except (ValueError, OSError, SafetensorError) as error:
@@ -56,12 +62,24 @@ def one_line_errors(main: Callable[[], None]) -> None:
         sys.exit(f"{Path(sys.argv[0]).name}: error: {text or type(error).__name__}")
 
 
+def first() -> bool:
+    """Whether this is the only process, or the first of those that torchrun started."""
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+def meet() -> None:
+    """Wait for the other processes, if there are any: what the first one wrote is there then."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
 @contextmanager
 def replacing(path: str | Path):
     """Give a temporary path beside `path` that takes its place if and when the block succeeds.
 
-    For files and folders. Raises OSError if the place cannot be written; then, as after any
-    error in the block, nothing is left behind.
+    For files and folders. Of several processes only the `first` one's takes its place. Raises
+    OSError if the place cannot be written; then, as after any error in the block, nothing is left
+    behind.
     """
     path = Path(path)
     try:
@@ -74,6 +92,8 @@ def replacing(path: str | Path):
     temporary.unlink()
     try:
         yield temporary
+        if not first():
+            return
         if temporary.is_dir() and path.is_dir():  # of a run that was killed, or is in parallel
             old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
             with suppress(FileNotFoundError):
@@ -233,6 +253,7 @@ class Results:
     def put(self, run: Mapping, result: Mapping) -> None:
         """Keep the result of a finished run."""
         write_json(self._file(run), {"run": dict(run), "result": dict(result)})
+        meet()
 
 
 # ---------------------------------------------------------------- data and backbones
@@ -532,6 +553,7 @@ def accelerator(cpu: bool = False, mixed_precision: str | None = None):
     from accelerate import Accelerator
     from accelerate.utils import DataLoaderConfiguration
 
+    cpu = cpu or not torch.accelerator.is_available()  # else torchrun's processes would not meet
     sharing = DataLoaderConfiguration(split_batches=True, use_seedable_sampler=True)
     return Accelerator(cpu=cpu, mixed_precision=mixed_precision, dataloader_config=sharing)
 
@@ -556,24 +578,44 @@ def train(
     penalty(progress) is added to every step's loss; progress and warmup are fractions of all
     steps. With `describe`, a progress bar of that name counts the steps. Raises Diverged, a
     ValueError, if the loss is not finite.
+
+    Several processes share each batch of `batch_size` rows and give the weights that one would,
+    to rounding, for a loss that is a mean over rows and without dropout, which each draws on its
+    own. ReSoRA's penalty then is the mean of theirs: each sees the tokens of its own rows.
     """
+    from accelerate.data_loader import prepare_data_loader
     from tqdm.auto import tqdm
     from transformers import get_linear_schedule_with_warmup, set_seed
 
     set_seed(seed)
-    loader = DataLoader(data, batch_size, shuffle=True, collate_fn=collate)
+    index, count = accelerate.process_index, accelerate.num_processes
+
+    def part(rows: list) -> dict:
+        """This process's rows of a batch; one at least, which then counts nothing."""
+        return collated(rows[index::count] or rows[:1])
+
+    collated = collate or default_collate
+    loader = DataLoader(data, batch_size, shuffle=True, collate_fn=part)
+    loader = prepare_data_loader(  # whole batches, in an order of the seed's and the epoch's
+        loader, accelerate.device, 1, 0, put_on_device=True, use_seedable_sampler=True
+    )
     steps = epochs * len(loader)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
     schedule = get_linear_schedule_with_warmup(optimizer, round(warmup * steps), steps)
-    model, optimizer, loader, schedule = accelerate.prepare(model, optimizer, loader, schedule)
+    model, optimizer, schedule = accelerate.prepare(model, optimizer, schedule)
+    if index:
+        set_seed(seed + index)  # of its dropout
     losses, step = [], 0
-    with tqdm(total=steps, desc=describe, disable=describe is None, leave=False) as bar:
+    silent = describe is None or not first()
+    with tqdm(total=steps, desc=describe, disable=silent, leave=False) as bar:
         for epoch in range(epochs):
             model.train()
             total = torch.zeros((), device=accelerate.device)
-            for batch in loader:
-                task_loss = model(**batch).loss
+            for i, batch in enumerate(loader):
+                rows = min(batch_size, len(data) - i * batch_size)
+                share = len(range(index, rows, count)) * count / rows
+                task_loss = share * model(**batch).loss
                 extra = penalty(step / steps) if penalty else 0.0
                 accelerate.backward(task_loss + extra)
                 optimizer.step()
@@ -604,6 +646,7 @@ def evaluate(
     from sklearn.feature_selection import r_regression
     from sklearn.metrics import accuracy_score, matthews_corrcoef
 
+    batch_size *= accelerate.num_processes
     loader = accelerate.prepare(DataLoader(data, batch_size, collate_fn=collate))
     model = model.to(accelerate.device).eval()
     outputs, labels = [], []
@@ -773,6 +816,8 @@ def check_options(config, least: Mapping[str, int], known: Mapping[str, list[str
         if getattr(config, name) not in choices:
             option = f"--{name.replace('_', '-')}"
             raise ValueError(f"found {option} {getattr(config, name)}; wanted one of {choices}")
+    if config.jobs > 1 and torch.distributed.is_initialized():
+        raise ValueError(f"found --jobs {config.jobs} under torchrun; wanted 1")
     if config.seeds > TUNING_SEEDS[0]:
         raise ValueError(f"found --seeds {config.seeds}; wanted at most {TUNING_SEEDS[0]}")
     if config.out and Path(config.out).suffix != ".json":
@@ -789,7 +834,9 @@ def check_components(components: int, rank: int, others: int) -> None:
 
 
 def cores() -> int:
-    """How many processors this process may use."""
+    """How many processors this process may use; one of torchrun's processes: one."""
+    if torch.distributed.is_initialized():
+        return 1
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
@@ -958,7 +1005,8 @@ def finish(specs: list[dict], work: Callable[[dict], dict], results: Results, co
 
     work = functools.partial(forgiving, work=work) if config.tune else work
     missing = [spec for wave in waves(specs) for spec in wave if results.get(spec) is None]
-    bar = tqdm(total=len(specs), initial=len(specs) - len(missing), unit="run")
+    kept = len(specs) - len(missing)
+    bar = tqdm(total=len(specs), initial=kept, unit="run", disable=not first())
     title = lambda spec: f"{spec['row']}, {spec['task']}, seed {spec['seed']}"  # noqa: E731
     if config.jobs == 1:
         for spec in missing:
@@ -1042,6 +1090,8 @@ def report(config, out: Path, runs: list[dict], figure: str, note: str, **about)
     draws = import_module(f"figures.{figure}")
     setting = {"config": asdict(config), "environment": environment(), **about}
     data = {**setting, "rows": summary(runs), "runs": runs}
+    if not first():
+        return
     write_json(out, data)
     print(f"{as_table(data['rows'])}\n\n{note}")
     if hasattr(draws, "verdicts"):
@@ -1083,10 +1133,13 @@ def tune(
             }
             validation[r["row"]] = {str(lr): score for lr, score in scores.items()}
             rates[r["row"]] = max(scores, key=scores.get)
-            print(f"{r['row']:20} {rates[r['row']]:<8g}", *(f"{s:.3f}" for s in scores.values()))
+            if first():
+                found = (f"{s:.3f}" for s in scores.values())
+                print(f"{r['row']:20} {rates[r['row']]:<8g}", *found)
     setting = {"config": asdict(config), "environment": environment(), **about}
     write_json(out, {**setting, "validation": validation, "chosen": rates})
-    print(out)
+    if first():
+        print(out)
 
 
 def bars(axes, rows: list[dict]) -> None:

@@ -426,6 +426,7 @@ def digits_backbone(config: Config) -> Path:
     with common.replacing(folder) as temporary:
         model.base_model.save_pretrained(temporary)
         save_file(model.classifier.state_dict(), temporary / "head.safetensors")
+    common.meet()
     return folder
 
 
