@@ -56,14 +56,13 @@ Differs from the authors' code: there α starts uniform in ±½, LoRA's scaling 
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 Rule = int | float | str | None
-Pair = tuple[Tensor, Tensor]
 _dtype = lambda X: torch.promote_types(X.dtype, torch.float32)  # noqa: E731 (half loses updates)
 
 
@@ -89,9 +88,9 @@ def _components(rows: Tensor, weight: Tensor, k: Rule, center: bool) -> tuple[Te
         _, s, V = torch.linalg.svd(X, full_matrices=False)
     else:
         G = X @ X.T if m <= n else X.T @ X
-        scale = G.diagonal().max().clamp(min=1e-300)
+        scale = G.trace().clamp(min=1e-300)
         squares, U = torch.linalg.eigh((G / scale).to(torch.float32 if type(k) is int else X.dtype))
-        if type(k) is int and (squares > squares[-1] / 1000).sum() < k:  # σ_k too near rounding
+        if type(k) is int and (squares > squares[-1:] / 1000).sum() < k:  # σ_k too near rounding
             squares, U = torch.linalg.eigh(G / scale)
         U = U.double().flip(1)  # σ² are the Rayleigh quotients, to rounding whatever U's error
         s = ((U * (G @ U)).sum(0) / U.square().sum(0)).clamp(min=0).sqrt().sort(descending=True)[0]
@@ -102,10 +101,10 @@ def _components(rows: Tensor, weight: Tensor, k: Rule, center: bool) -> tuple[Te
     return V[:K].to(dtype), mean.to(dtype), s.to(dtype)
 
 
-def _finite(matrix: Tensor, what: str) -> Tensor:
-    if matrix.dim() != 2 or not (matrix.is_meta or matrix.sum(dtype=torch.float64).isfinite()):
-        raise ValueError(f"{what} {tuple(matrix.shape)} sums to {matrix.sum()}; want finite (m, n)")
-    return matrix
+def _finite(X: Tensor, what: str) -> Tensor:
+    if X.ndim != 2 or not X.is_floating_point() or not (X.is_meta or X.sum(dtype=float).isfinite()):
+        raise ValueError(f"{what} {tuple(X.shape)} sums to {X.sum()}; want finite (m, n) floats")
+    return X
 
 
 def choose_k(singular_values: Tensor, rule: Rule, shape: tuple[int, int]) -> int:
@@ -120,14 +119,16 @@ def choose_k(singular_values: Tensor, rule: Rule, shape: tuple[int, int]) -> int
     (1, 4)
     """
     s, (m, n) = singular_values, shape
+    if s.dim() != 1 or not s.is_floating_point() or not (s.diff(append=0 * s[:1]) <= 0).all():
+        raise ValueError(f"singular values {s.tolist()!r:.80}; want finite ones, descending")
     rank = int((s > max(m, n) * torch.finfo(s.dtype).eps * s[:1]).sum())
     K = rank if rule is None else rule
     if rule == "gavish-donoho":
         # the paper's fit of ω, good to 0.02
         omega = 0.56 * (beta := min(m, n) / max(m, n)) ** 3 - 0.95 * beta**2 + 1.82 * beta + 1.43
-        K = min(rank, int((s > omega * s.quantile(0.5)).sum()))
+        K = rank and min(rank, int((s > omega * s.double().quantile(0.5)).sum()))
     elif isinstance(rule, float) and 0 < rule <= 1:
-        energy = s.double().square().cumsum(0)
+        energy = (s.double() / s[:1]).square().cumsum(0)  # of σ₁², lest squares overflow
         K = min(rank, int((energy < rule * energy[-1:]).sum()) + 1)
     if type(K) is not int or not (rule is None or 1 <= K <= rank):
         raise ValueError(f"k = {rule!r} means {K!r}; want a rule or 1 to {rank}, numerical rank")
@@ -141,8 +142,8 @@ def augment(V: Tensor, p: int, generator: torch.Generator | None = None) -> Tens
     >>> augment(torch.tensor([[0.0, 1.0]]), 1)[1].abs()
     tensor([1., 0.])
     """
-    if not 0 <= p <= V.shape[1] - len(V):
-        raise ValueError(f"{p} pseudo-components; want 0 to n − K = {V.shape[1]} − {len(V)}")
+    if _finite(V, "V").shape[1] - len(V) < p or p < 0 or type(p) is not int:
+        raise ValueError(f"{p!r} pseudo-components; want 0 to n − K = {V.shape[1]} − {len(V)}")
     Q = torch.linalg.qr(torch.cat([V, _normal((p, V.shape[1]), V.double(), generator)]).T).Q.T
     return torch.cat([V, Q[len(V) :].to(V)])
 
@@ -154,7 +155,8 @@ def _normal(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | N
 
 def project(rows: Tensor, V: Tensor, mean: Tensor | None = None) -> Tensor:
     """Return least-squares coefficients (m, K), αᵀ, of rows (m, n) on V (K, n).         [step 4]"""
-    return (rows.to(V) if mean is None else rows.to(V) - mean) @ V.T
+    X = _finite(rows, "rows").to(_finite(V, "V"))
+    return (X if mean is None else X - mean.to(V).view(V.shape[1:])) @ V.T
 
 
 def reconstruct(alpha: Tensor, V: Tensor, mean: Tensor | None = None) -> Tensor:
@@ -162,7 +164,8 @@ def reconstruct(alpha: Tensor, V: Tensor, mean: Tensor | None = None) -> Tensor:
     >>> reconstruct(torch.tensor([[11.0]]), torch.tensor([[0.6, 0.8]]))
     tensor([[6.6000, 8.8000]])
     """
-    return alpha @ V if mean is None else alpha @ V + mean
+    X = _finite(alpha, "alpha").to(_finite(V, "V")) @ V
+    return X if mean is None else X + mean.to(V).view(V.shape[1:])
 
 
 _FACTOR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.[^.]+)?\.weight")
@@ -176,7 +179,7 @@ _REFUSED = {  # a config's field=value or a key: why the adapter is not just B A
 }
 
 
-def lora_pairs(state_dict: Mapping[str, Tensor], config: Mapping | None = None) -> dict[str, Pair]:
+def lora_pairs(state_dict: Mapping[str, Tensor], config: Mapping | None = None) -> dict:
     """Return {module name: (B (o, r), A (r, d))} of a PEFT LoRA, s folded into B: B A = ΔW.
 
     config is adapter_config.json; without it s = 1. r is the tensors'. Half precision becomes
@@ -232,9 +235,7 @@ class Subspace:
     dropped_B: float = 0.0
 
 
-def recycle(
-    adapters: Iterable, k: Rule = None, center: bool = False, pseudo: int = 0, generator=None
-) -> dict[str, Subspace]:
+def recycle(adapters: Iterable, k: Rule = None, center=False, pseudo=0, generator=None) -> dict:
     """Return {module name: Subspace} of adapters, each {module name: (B (o, r), A (r, d))}.
 
     Ranks and modules may differ; a lazy mapping is asked for one module at a time. k: `choose_k`'s
@@ -263,7 +264,7 @@ def update(subspaces: Mapping, adapters: Iterable, k: Rule = None, center: bool 
     for name in dict.fromkeys(name for adapter in adapters for name in adapter):
         pairs = {i: adapter[name] for i, adapter in enumerate(adapters) if name in adapter}
         B, A = zip(*pairs.values(), strict=True)
-        o, d = len(B[0]), A[0].shape[-1]
+        o, d = len(B[0]) or 1, A[0].shape[-1:].numel() or 1
         empty = (A[0].new_zeros(size) for size in ((0, d), (0, o), d, o, 0, 0))
         old = out.get(name) or Subspace(*empty, 0, k, center)
         (o,), (d,) = old.mean_B.shape, old.mean_A.shape
@@ -294,7 +295,8 @@ class EigenLoRAxLinear(nn.Module):
     """A frozen nn.Linear base plus ΔW(task) = s·V_Bᵀα_Bα_AᵀV_A; only α_A, α_B (tasks, K, r) train.
 
     α_A starts Gaussian with variance 1/K, α_B at 0 (init "zero": ΔW = 0) or like α_A ("random").
-    forward's task: an int, an int64 tensor with one per sample, or None, the attribute `task`.
+    forward's task: an int, an int64 tensor with one per sample, or None, the attribute `task`. Not:
+    checked, in a tensor (that waits for a device): beyond the tasks, torch raises its own error.
     `weight` is the merged one. Raises ValueError for shapes that do not fit, other arguments.
     >>> pair = torch.tensor([[1.0], [0.0]]), torch.tensor([[3.0, 4.0]])
     >>> layer = EigenLoRAxLinear(nn.Linear(2, 2), recycle([{"q": pair}])["q"], scaling=2.0)
@@ -303,17 +305,17 @@ class EigenLoRAxLinear(nn.Module):
     tensor([3., 4.])
     """
 
-    def __init__(
-        self, base, subspace: Subspace, rank=1, tasks=1, scaling=1.0, init="zero", generator=None
-    ) -> None:
+    def __init__(self, base, subspace, rank=1, tasks=1, scaling=1.0, init="zero", generator=None):
         super().__init__()
+        if not (getattr(base, "in_features", 0) and base.out_features):
+            raise TypeError(f"the base is {type(base).__name__}; want an nn.Linear, not empty")
         if not all(type(size) is int and size > 0 for size in (rank, tasks)):
             raise ValueError(f"rank = {rank!r}, tasks = {tasks!r}; want ints >= 1")
         if not 0 < abs(scaling) < float("inf") or init not in ("zero", "random"):
             raise ValueError(f"scaling {scaling}, init {init!r}; want finite != 0, zero or random")
         for side, n in (("A", base.in_features), ("B", base.out_features)):
             V = getattr(subspace, f"V_{side}").detach().to(base.weight.device, _dtype(base.weight))
-            if V.shape[1] != n or not len(V):
+            if _finite(V, f"V_{side}").shape[1] != n or not len(V):
                 raise ValueError(f"V_{side} is {tuple(V.shape)}; want (K, {n}), K >= 1")
             std = 0.0 if (side, init) == ("B", "zero") else len(V) ** -0.5
             alpha = std * _normal((tasks, len(V), rank), V, generator)
@@ -332,7 +334,7 @@ class EigenLoRAxLinear(nn.Module):
             codes = (x @ A.T if a.dim() == 2 else (x @ A.T)[:, None].flatten(1, -2)) @ a @ b.mT
         return torch.addmm(y.view(-1, len(B.T)), codes.view(-1, len(B)), B, alpha=s).view(y.shape)
 
-    def _alphas(self, task: int | Tensor | None, n: int | None = None) -> Pair:
+    def _alphas(self, task: int | Tensor | None, n: int | None = None) -> tuple[Tensor, Tensor]:
         """α_A, α_B of one task (K, r), or of n tasks in a tensor (n, K, r)."""
         task = self.task if task is None else task
         if isinstance(task, Tensor) and (task.shape, task.dtype) == ((n,), torch.int64):
@@ -341,7 +343,7 @@ class EigenLoRAxLinear(nn.Module):
             raise ValueError(f"task = {task!r:.40}; want {n} or one int from 0 to {self.tasks - 1}")
         return self.alpha_A[task], self.alpha_B[task]
 
-    def pair(self, task: int | None = None) -> Pair:
+    def pair(self, task: int | None = None) -> tuple[Tensor, Tensor]:
         """Return the LoRA pair (B (o, r), A (r, d)) with B A = ΔW(task), s folded into B."""
         a, b, V_A, V_B = (X.double() for X in (*self._alphas(task), self.V_A, self.V_B))
         return (V_B.T @ b * self.scaling).to(self.V_B), (a.T @ V_A).to(self.V_A)
@@ -376,21 +378,23 @@ class EigenLoRAxLinear(nn.Module):
 def _replace(model: nn.Module, targets, kinds, make) -> dict[str, nn.Module]:
     """Freeze `model`, put make(name, layer) for each layer whose dotted name ends in a target."""
     # the same in every method file
-    ends = tuple(f".{t}" for t in ([targets] if isinstance(targets, str) else targets))
-    layers = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, kinds)}
-    found = {n: m for n, m in layers.items() if n and f".{n}".endswith(ends)}
-    missing = [end[1:] for end in ends if not any(f".{n}".endswith(end) for n in found)]
+    ends = [f".{t}" for t in ([targets] if isinstance(targets, str) else targets)]
+    named, new = {n: m for n, m in model.named_modules(remove_duplicate=False) if n}, {}
+    layers = {n: m for n, m in named.items() if isinstance(m, kinds)}
+    found = {n: m for n, m in layers.items() if f".{n}".endswith(tuple(ends))}
+    missing = [t for t in ends if not any(f".{n}".endswith(t) for n in found)]
     if missing or not found:
-        raise ValueError(
-            f"no layer's name ends in {missing or targets}; layers found: {sorted(layers)}"
-        )
-    new = {}
-    for name, layer in found.items():  # all are made before any is put: an error changes nothing
-        new[layer] = new.get(layer) or make(name, layer)  # a layer with two names gets one adapter
+        other = {n: type(m) for n, m in named.items() if f".{n}".endswith(tuple(missing))}
+        raise ValueError(f"no layer's name ends in {missing}; found: {other or sorted(layers)}")
+    with ExitStack() as undo:  # all are made before any is put: an error changes nothing
+        for p in model.parameters():
+            undo.callback(p.requires_grad_, p.requires_grad)
+        for name, layer in found.items():  # a layer with two names gets one adapter
+            new[layer] = new.get(layer) or make(name, layer)
+        undo.pop_all()
     model.requires_grad_(False)
     for name, layer in found.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, new[layer])
+        model.set_submodule(name, new[layer])
     return {name: new[layer] for name, layer in found.items()}
 
 
@@ -422,17 +426,14 @@ def merge(model: nn.Module, task: int | None = None) -> nn.Module:
 @contextmanager
 def serving(modules: Mapping[str, EigenLoRAxLinear], task: int | Tensor | list) -> Iterator[None]:
     """Within the block all modules serve task: an int, or one per sample; else ValueError."""
-    before, ids = {m: m.task for m in modules.values()}, torch.as_tensor(task)
-    last = min(module.tasks for module in before) - 1
+    ids, last = torch.as_tensor(task), min(module.tasks for module in modules.values()) - 1
     if ids.is_floating_point() or ids.dim() > 1 or not ((ids >= 0) & (ids <= last)).all():
-        raise ValueError(f"task = {ids.tolist()}; want an int from 0 to {last}, or one per sample")
-    try:
-        for module in before:
+        raise ValueError(f"task = {task!r:.60}; want an int from 0 to {last}, or one per sample")
+    with ExitStack() as undo:
+        for module in modules.values():
+            undo.callback(setattr, module, "task", module.task)
             module.task = ids.to(module.V_A.device, torch.int64) if ids.dim() else int(ids)
         yield
-    finally:
-        for module, old in before.items():
-            module.task = old
 
 
 def to_peft(modules: Mapping, task: int = 0, head: Mapping | None = None) -> tuple[dict, dict]:

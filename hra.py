@@ -49,16 +49,15 @@ Cost of HRALinear: d·r trained numbers (LoRA: (d + o)·r); 4·N·d·r + 4·d·r
 N rows, beyond the base's 2·N·d·o. Saved for backward: x and x U, as LoRA saves x and x Aᵀ. Where x
 needs no gradient (a first layer), LoRA's backward skips the base and HRA's cannot: U sits before W.
 
-Differs from the paper: all reflections at once where Eq. 2 takes one after the other; columns of
-any length, which changes the size of a step, not the function; a start as in the authors' NLU code,
-whose learning rates then fit. The caller sums Eq. 6: sum(m.penalty() for m in modules.values()).
+Differs from the paper: all reflections at once; columns of any length, which changes the size of a
+step, not the function; a start as in the authors' NLU code, whose learning rates then fit.
 Differs from the authors' code: it multiplies r dense d×d matrices, leaves the penalty's norm
 unsquared, runs Gram–Schmidt on equal columns (0/0); its LLaMA part reflects the output, with an ε.
 """
 
 import functools
-import math
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 
 import torch
 import torch.nn.functional as F
@@ -84,8 +83,9 @@ def _rows(U: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor
     By step 5 any s serves; it is a constant for autograd, because H does not depend on it.
     Rows, because a gradient of shape (r, d) takes a third of the time of one of shape (d, r).
     """
+    _check(U, "U", values=False)
     A = U.T.to(torch.promote_types(torch.promote_types(U.dtype, dtype), torch.float32)).contiguous()
-    s = A.detach().abs().amax(1, keepdim=True) * math.sqrt(len(U))
+    s = A.detach().abs().amax(1, keepdim=True) * len(U) ** 0.5
     s = s.clamp(max=torch.finfo(s.dtype).max)
     return A / s, s
 
@@ -103,27 +103,32 @@ def _gamma(A: Tensor) -> Tensor:
 def gamma(U: Tensor) -> Tensor:
     """Γ with H₁H₂…H_r = I + U Γ Uᵀ.                                                   [Eq. 3, 4]
 
-    U (d, r), columns of any length but 0; out (r, r) upper triangular, in ≥ fp32.
-    Not: as far-reaching as reflect. Its entries go with 1/(‖uᵢ‖·‖uⱼ‖): in fp32, lengths of 1e±18.
+    U (d, r), columns of any length but 0; out (r, r) upper triangular, in ≥ fp32. Raises ValueError
+    if U is not that, or Γ, which goes with 1/(‖uᵢ‖·‖uⱼ‖), leaves fp32 (lengths of 1e±18).
 
     >>> gamma(torch.tensor([[1.0, 2.0], [1.0, 0.0]]))
     tensor([[-1.0000,  1.0000],
             [ 0.0000, -0.5000]])
     """
+    _check(U, "U")
     A, s = _rows(U)
-    return _gamma(A).triu() / s / s.T
+    G = _gamma(A).triu() / s / s.T
+    if not (U.is_meta or (G.isfinite().all() and (1 / G.diagonal()).isfinite().all())):
+        raise ValueError(f"U: found up to {U.abs().max():g}, want a Γ in the range of {G.dtype}")
+    return G
 
 
 @_full_precision
 def chain(U: Tensor) -> Tensor:
     """H₁H₂…H_r, one reflection after the other: slow, and the oracle for all that is fast. [Eq. 1]
 
-    U (d, r), columns of any length but 0; out (d, d), in ≥ fp32.
+    U (d, r), columns of any length but 0, else ValueError; out (d, d), in ≥ fp32.
 
     >>> chain(torch.tensor([[1.0, 2.0], [1.0, 0.0]]))  # swap and negate, then negate the first
     tensor([[ 0., -1.],
             [ 1.,  0.]])
     """
+    _check(U, "U")
     I = torch.eye(len(U), dtype=torch.promote_types(U.dtype, torch.float32), device=U.device)
     H = I
     for u in _rows(U)[0]:
@@ -148,10 +153,14 @@ def reflect(x: Tensor, U: Tensor) -> Tensor:
     """x Hᵀ, so that reflect(x, U) @ W.T is z = W H x row by row.                         [Eq. 2]
 
     x (…, d), U (d, r); out (…, d), dtype of x, or autocast's. Not x H: reflect(x, U.flip(1)).
+    ValueError for other shapes or dtypes. Values are not looked at, as that waits for the device:
+    a zero column, nan, inf or an overflow in x's dtype gives nan.
 
     >>> reflect(torch.tensor([3.0, 5.0]), torch.tensor([[1.0, 2.0], [1.0, 0.0]]))
     tensor([-5.,  3.])
     """
+    if (x.shape[-1:], x.device) != (U.shape[:1], U.device) or not x.is_floating_point():
+        raise ValueError(f"x: found {x.dtype} {x.shape} {x.device}, want (…, d) of {U.shape}")
     return _plus(x, *_wy(U, x.dtype))
 
 
@@ -159,7 +168,7 @@ def reflect(x: Tensor, U: Tensor) -> Tensor:
 def penalty(U: Tensor) -> Tensor:
     """‖I − ÛᵀÛ‖_F² with Û = the columns of U at length 1, for one layer.                  [Eq. 6]
 
-    U (d, r), columns of any length but 0; out a scalar ≥ 0, in ≥ fp32.
+    U (d, r), columns of any length but 0 (for r > 1, 0, nan or inf gives nan); out ≥ 0 in ≥ fp32.
 
     >>> penalty(torch.tensor([[3.0, 1.0], [4.0, 0.0]]))  # 2·cos² = 2·(3/5)²
     tensor(0.7200)
@@ -189,16 +198,16 @@ def gram_schmidt(U: Tensor) -> Tensor:
     return _orthonormal(U)
 
 
-def _check(U: Tensor, what: str, strict: bool = False) -> None:
+def _check(U: Tensor, what: str, strict: bool = False, values: bool = True) -> None:
     """Raise ValueError unless U's columns are finite and nonzero; strict: and independent."""
-    if U.is_meta:
-        return
-    U = U.detach()
     if U.dim() != 2 or not U.numel() or not U.is_floating_point():
         found = f"{U.dtype} of shape {tuple(U.shape)}"
         raise ValueError(f"{what}: found {found}, want floats (d, r), d and r ≥ 1")
+    if U.is_meta or not values:
+        return
+    U = U.detach()
     for i, size in enumerate(U.abs().amax(0).tolist()):
-        if not 0 < size < math.inf:
+        if not 0 < size < torch.inf:
             kind = "zero" if size == 0 else "not finite"
             raise ValueError(f"{what}: column {i} is {kind}; a reflection needs a direction")
     if strict:
@@ -242,10 +251,8 @@ class HRALinear(nn.Module):
         if init not in ("identity", "random"):
             raise ValueError(f"init: found {init!r}, want 'identity' or 'random'")
         if strict and init == "identity":
-            raise ValueError(
-                "strict with init='identity': found equal columns, where Gram–Schmidt makes 0/0, "
-                "and I − 2QQᵀ has trace d − 2r, never I's; want init='random'"
-            )
+            why = "I − 2QQᵀ has trace d − 2r, never I's, and equal columns give 0/0"
+            raise ValueError(f"strict: found init='identity', want 'random': {why}")
         if init == "identity" and rank % 2:
             raise ValueError(f"rank: found {rank}, init='identity' wants it even, for equal pairs")
         if strict and rank > d:
@@ -365,30 +372,31 @@ class HRAConv2d(HRALinear):
 def _replace(model: nn.Module, targets, kinds, make) -> dict[str, nn.Module]:
     """Freeze `model`, put make(name, layer) for each layer whose dotted name ends in a target."""
     # the same in every method file
-    ends = tuple(f".{t}" for t in ([targets] if isinstance(targets, str) else targets))
-    layers = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, kinds)}
-    found = {n: m for n, m in layers.items() if n and f".{n}".endswith(ends)}
-    missing = [end[1:] for end in ends if not any(f".{n}".endswith(end) for n in found)]
+    ends = [f".{t}" for t in ([targets] if isinstance(targets, str) else targets)]
+    named, new = {n: m for n, m in model.named_modules(remove_duplicate=False) if n}, {}
+    layers = {n: m for n, m in named.items() if isinstance(m, kinds)}
+    found = {n: m for n, m in layers.items() if f".{n}".endswith(tuple(ends))}
+    missing = [t for t in ends if not any(f".{n}".endswith(t) for n in found)]
     if missing or not found:
-        raise ValueError(
-            f"no layer's name ends in {missing or targets}; layers found: {sorted(layers)}"
-        )
-    new = {}
-    for name, layer in found.items():  # all are made before any is put: an error changes nothing
-        new[layer] = new.get(layer) or make(name, layer)  # a layer with two names gets one adapter
+        other = {n: type(m) for n, m in named.items() if f".{n}".endswith(tuple(missing))}
+        raise ValueError(f"no layer's name ends in {missing}; found: {other or sorted(layers)}")
+    with ExitStack() as undo:  # all are made before any is put: an error changes nothing
+        for p in model.parameters():
+            undo.callback(p.requires_grad_, p.requires_grad)
+        for name, layer in found.items():  # a layer with two names gets one adapter
+            new[layer] = new.get(layer) or make(name, layer)
+        undo.pop_all()
     model.requires_grad_(False)
     for name, layer in found.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, new[layer])
+        model.set_submodule(name, new[layer])
     return {name: new[layer] for name, layer in found.items()}
 
 
 def adapt(model: nn.Module, targets: str | list[str], rank: int = 8, **kw) -> dict[str, HRALinear]:
     """Freeze `model`, put HRA around each Linear and Conv2d whose dotted name ends in a target.
 
-    Adapters already in it are frozen too. Returns {name: module}; **kw goes to HRALinear and
-    HRAConv2d. Raises ValueError, with the model as it was, if a target names no layer or a layer
-    cannot be adapted.
+    Adapters in it are frozen too. Returns {name: module}; kw goes to HRALinear and HRAConv2d.
+    Raises ValueError, with the model as it was, for a name or a layer that does not fit.
     """
 
     def make(name: str, layer: nn.Module) -> HRALinear:
@@ -398,35 +406,25 @@ def adapt(model: nn.Module, targets: str | list[str], rank: int = 8, **kw) -> di
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
 
-    flags = {p: p.requires_grad for p in model.parameters()}
-    try:
-        return _replace(model, targets, (nn.Linear, nn.Conv2d), make)
-    except Exception:  # layers before the one refused have been frozen
-        for p, flag in flags.items():
-            p.requires_grad_(flag)
-        raise
+    return _replace(model, targets, (nn.Linear, nn.Conv2d), make)
 
 
 def merge(model: nn.Module) -> nn.Module:
     """Replace each adapted layer of `model` by its merged plain layer, in place; return `model`."""
     modules = model.named_modules(remove_duplicate=False)
-    found = {name: m for name, m in modules if isinstance(m, HRALinear)}
+    found = {name: m for name, m in modules if name and isinstance(m, HRALinear)}
     plain = {m: m.merge() for m in found.values()}
-    if model in plain:
-        return plain[model]
     for name, m in reversed(found.items()):  # an adapter inside another one goes first
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, plain[m])
-    return model
+        model.set_submodule(name, plain[m])
+    return model.merge() if isinstance(model, HRALinear) else model
 
 
 def from_peft(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """{name: U (d, r)} from the tensors of an adapter that PEFT saved; apply_GS is not among them.
 
-    modules = adapt(model, [*Us], r, init="random", strict=apply_GS), then, for each of them,
-    modules[name].load_state_dict({"U": Us[name]}, strict=False); a KeyError there says that the
-    end of one layer's name is another's. Raises ValueError on any other key (a trained bias, say)
-    and on a column that is zero or not finite.
+    modules = adapt(model, [*Us], r, init="random", strict=apply_GS), and then for each of them
+    modules[name].load_state_dict({"U": Us[name]}, strict=False); KeyError: one name ends another.
+    Raises ValueError on any other key (a trained bias, say) and a column zero or not finite.
 
     >>> from_peft({"base_model.model.encoder.q.hra_u": torch.ones(1, 2)})
     {'encoder.q': tensor([[1., 1.]])}

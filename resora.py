@@ -65,7 +65,7 @@ training time); R may be on from the first step (R6). The authors' code was not 
 
 from collections import defaultdict
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from itertools import combinations
 
@@ -154,10 +154,12 @@ def _kernel(h: Tensor, sigma: float) -> Tensor:
 def _check(B: Tensor, S: Tensor, metric: str, beta: float, sigma: float, samples: int) -> None:
     if metric not in METRICS:
         raise ValueError(f"metric: found {metric!r}, want one of {METRICS}")
-    if not (beta > 0 and sigma > 0 and samples >= 2):
+    if not (0 < beta < torch.inf and 0 < sigma < torch.inf and samples >= 2):
         raise ValueError(f"found {beta=}, {sigma=}, {samples=}, want > 0, > 0, ≥ 2")
-    if B.dim() < 2 or B.shape[:-2] != S.shape[:-2] or B.shape[-1] != S.shape[-1] or not S.numel():
-        raise ValueError(f"B, S: found {tuple(B.shape)}, {tuple(S.shape)}, want (o, r), (N, r)")
+    fit = B.dim() == S.dim() > 1 and B.shape[:-2] == S.shape[:-2] and B.shape[-1] == S.shape[-1]
+    if not fit or not all(X.is_floating_point() and X.numel() for X in (B, S)):
+        found = f"{tuple(B.shape)}, {tuple(S.shape)}, {B.dtype}, {S.dtype}"
+        raise ValueError(f"B, S: found {found}, want floats (o, r), (N, r)")
 
 
 def _full_precision(X: Tensor) -> torch.autocast:
@@ -213,13 +215,18 @@ def regauge(B: Tensor, A: Tensor, x: Tensor | None = None) -> tuple[Tensor, Tens
 
     B (o, r), A (r, d), x (…, d); out: shapes and dtypes of B and A. B' has orthonormal columns, so
     cosine is 0. Without x, A' has orthogonal rows; with x, the codes x A'ᵀ are uncorrelated and
-    linear is 0 on x. If r > o, the last r − o components are zero. Not: unique.
+    linear is 0 on x. If r > o, the last r − o components are zero. Not: unique. Raises ValueError.
 
     >>> B, A = regauge(torch.tensor([[3.0, 3], [4, 4]]), torch.tensor([[1.0, 0], [0, 2]]))
     >>> (B @ A).round(decimals=4)
     tensor([[3., 6.],
             [4., 8.]])
     """
+    given = [X for X in (B, A, x) if X is not None]
+    fit = B.dim() == A.dim() == 2 and B.shape[1] == len(A) and given[-1].shape[-1:] == A.shape[1:]
+    if not fit or not all(X.is_floating_point() and X.isfinite().all() for X in given):
+        found = [(tuple(X.shape), X.dtype) for X in given]
+        raise ValueError(f"B, A, x: found {found}, want finite floats (o, r), (r, d), (…, d)")
     dtype = torch.promote_types(torch.promote_types(B.dtype, A.dtype), torch.float32)
     with _full_precision(B):
         Q, R = torch.linalg.qr(B.to(dtype))  # (o, k), (k, r), k = min(o, r)
@@ -240,18 +247,15 @@ class LoRALinear(nn.Module):
     """
 
     def __init__(
-        self,
-        base: nn.Module,
-        rank: int = 8,
-        alpha: float | None = None,
-        dropout: float = 0.0,
-        generator: torch.Generator | None = None,
+        self, base: nn.Module, rank=8, alpha: float | None = None, dropout=0.0, generator=None
     ) -> None:
         super().__init__()
-        if not getattr(base, "in_features", 0):
-            raise TypeError(f"base: found {type(base).__name__}, want an nn.Linear")
-        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        if not (getattr(base, "in_features", 0) and base.out_features):
+            raise TypeError(f"base: found {type(base).__name__}, want an nn.Linear, not empty")
+        if type(rank) is not int or rank < 1:
             raise ValueError(f"rank: found {rank!r}, want an integer ≥ 1")
+        if not (abs(alpha or 0) < torch.inf and 0 <= dropout <= 1):
+            raise ValueError(f"found {alpha=}, {dropout=}, want a number, 0 to 1")
         d, W = base.in_features, base.weight
         kw = {"dtype": torch.float64 if W.dtype == torch.float64 else torch.float32}
         A = torch.empty(rank, d, device=generator.device if generator else W.device, **kw)
@@ -316,12 +320,7 @@ class ReSoRA(AbstractContextManager):
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        metric: str = "linear",
-        level: str = "feature",
-        detach_input: bool = True,
-        **options,
+        self, model: nn.Module, metric="linear", level="feature", detach_input=True, **options
     ) -> None:
         redundancy(torch.ones(1, 1), torch.ones(1, 1), metric, **options)  # raises if it must
         if level not in ("feature", "weight"):
@@ -412,21 +411,23 @@ def _pair(name: str, layer: nn.Module) -> tuple[Tensor, Tensor]:
 def _replace(model: nn.Module, targets, kinds, make) -> dict[str, nn.Module]:
     """Freeze `model`, put make(name, layer) for each layer whose dotted name ends in a target."""
     # the same in every method file
-    ends = tuple(f".{t}" for t in ([targets] if isinstance(targets, str) else targets))
-    layers = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, kinds)}
-    found = {n: m for n, m in layers.items() if n and f".{n}".endswith(ends)}
-    missing = [end[1:] for end in ends if not any(f".{n}".endswith(end) for n in found)]
+    ends = [f".{t}" for t in ([targets] if isinstance(targets, str) else targets)]
+    named, new = {n: m for n, m in model.named_modules(remove_duplicate=False) if n}, {}
+    layers = {n: m for n, m in named.items() if isinstance(m, kinds)}
+    found = {n: m for n, m in layers.items() if f".{n}".endswith(tuple(ends))}
+    missing = [t for t in ends if not any(f".{n}".endswith(t) for n in found)]
     if missing or not found:
-        raise ValueError(
-            f"no layer's name ends in {missing or targets}; layers found: {sorted(layers)}"
-        )
-    new = {}
-    for name, layer in found.items():  # all are made before any is put: an error changes nothing
-        new[layer] = new.get(layer) or make(name, layer)  # a layer with two names gets one adapter
+        other = {n: type(m) for n, m in named.items() if f".{n}".endswith(tuple(missing))}
+        raise ValueError(f"no layer's name ends in {missing}; found: {other or sorted(layers)}")
+    with ExitStack() as undo:  # all are made before any is put: an error changes nothing
+        for p in model.parameters():
+            undo.callback(p.requires_grad_, p.requires_grad)
+        for name, layer in found.items():  # a layer with two names gets one adapter
+            new[layer] = new.get(layer) or make(name, layer)
+        undo.pop_all()
     model.requires_grad_(False)
     for name, layer in found.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, new[layer])
+        model.set_submodule(name, new[layer])
     return {name: new[layer] for name, layer in found.items()}
 
 
@@ -445,6 +446,5 @@ def merge(model: nn.Module) -> nn.Module:
     found = {name: m for name, m in modules if name and isinstance(m, LoRALinear)}
     plain = {m: m.merge() for m in found.values()}
     for name, m in found.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, plain[m])
+        model.set_submodule(name, plain[m])
     return model.merge() if isinstance(model, LoRALinear) else model

@@ -595,7 +595,7 @@ PAIR = torch.ones(4, 2), torch.ones(2, 3)
         ),
         (
             lambda: adapt(nn.Sequential(nn.Linear(3, 4)), recycle([{"q": PAIR}])),
-            r"no layer's name ends in \['q'\]; layers found: \['0'\]",
+            r"no layer's name ends in \['\.q'\]; found: \['0'\]",
         ),
     ],
 )
