@@ -82,7 +82,7 @@ def _components(rows: Tensor, weight: Tensor, k: Rule, center: bool) -> tuple[Te
     """The same for rows that are weight (m,) times what the mean is taken of.          [step 7]"""
     X, w, dtype = rows.detach().double(), weight.to(rows.device, torch.float64), _dtype(rows)
     (m, n), count = X.shape, round(float(w @ w)) - center  # centred, one row follows from others
-    mean = w @ X / (w @ w) if center else X.new_zeros(n)
+    mean = w @ X / (w @ w).clamp(min=1) if center else X.new_zeros(n)
     X = X - w[:, None] * mean if center else X
     if dtype == torch.float64:
         _, s, V = torch.linalg.svd(X, full_matrices=False)

@@ -131,8 +131,8 @@ MUTANTS = {
         ("E2", ".clamp(min=0).sqrt()", ".clamp(min=0)"),
         (
             "E2",
-            "mean = w @ X / (w @ w) if center else",
-            "mean = w @ X / (w @ w) if not center else",
+            "mean = w @ X / (w @ w).clamp(min=1) if center else",
+            "mean = w @ X / (w @ w).clamp(min=1) if not center else",
         ),
         ("E3", "X if mean is None else X + mean.to(V).view(V.shape[1:])", "X"),
         ("E3", "X if mean is None else X - mean.to(V).view(V.shape[1:])", "X"),

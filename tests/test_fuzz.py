@@ -522,14 +522,15 @@ def principal_components(draw):
         X = wide(rows) - wide(rows).mean(0) * center
         s = torch.linalg.svdvals(X)
         rank = int((s > 1e-4 * s[0]).sum()) if wide(rows).abs().max() < 1e100 else 0
-        good = (
-            None
-            if k not in (None, 1, 0.5) or k is True or rank != min(m - center, n) or not rank
-            else True
-        )
+        plain = (k is None or k in (1, 0.5)) and k is not True
+        good = True if plain and rank == min(m - center, n) > 0 else None
+    elif rows.dim() == 2 and rows.is_floating_point() and not rows.numel():
+        good = None
 
     def correct(found):
         V, mean, sigma = found
+        if not rows.numel():
+            return
         dtype = wider(rows.dtype)
         assert V.dtype == mean.dtype == sigma.dtype == dtype
         near(V @ V.T, torch.eye(len(V), dtype=F64), 1e2 * eps(dtype))
