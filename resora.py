@@ -85,15 +85,15 @@ def redundancy(
     beta: float = 1.0,
     sigma: float = 1.0,
     samples: int = 128,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | int | None = None,
     center: bool = True,
 ) -> Tensor:
     """Mean of R_ij over the pairs i < j of components s_i B_iᵀ, never building one.    [Steps 3–6]
 
     B (o, r), S (N, r); out a scalar in ≥ fp32, 0 for r = 1. Leading axes (…, o, r), (…, N, r) are
     layers, averaged. beta is euclidean's, center linear's; sigma, samples and generator are
-    nonlinear's, which takes at most `samples` tokens, the same for every component (generator=None:
-    drawn by one seeded with 0). A null component (EPS; if codes are centred, a constant code) adds
+    nonlinear's, which takes at most `samples` tokens, the same for every component (generator:
+    torch's, or a draw's number). A null component (EPS; if codes are centred, a constant code) adds
     0; in euclidean two are equal, 1. Padding counts. Raises ValueError for other shapes or metrics.
 
     >>> B, S = torch.tensor([[1.0, 1], [0, 1]]), torch.tensor([[1.0, 0], [0, 1], [1, 1]])
@@ -164,8 +164,7 @@ def _check(B: Tensor, S: Tensor, metric: str, beta: float, sigma: float, samples
 
 def _full_precision(X: Tensor) -> torch.autocast:
     """Keeps autocast out: half sums over thousands of tokens would be noise."""
-    kind = "cpu" if X.device.type == "meta" else X.device.type
-    return torch.autocast(kind, enabled=False)
+    return torch.autocast("cpu" if X.device.type == "meta" else X.device.type, enabled=False)
 
 
 def _gram(X: Tensor) -> Tensor:
@@ -200,13 +199,16 @@ def _alignments(S: Tensor, sigma: float) -> Tensor:
     return _cosines(G, 0.0)
 
 
-def _sample(X: Tensor, samples: int, generator: torch.Generator | None) -> Tensor:
+def _sample(X: Tensor, samples: int, generator: torch.Generator | int | None) -> Tensor:
     """At most `samples` rows of X (…, n, k), drawn without the global generator."""
-    if X.shape[-2] <= samples:
+    if (n := X.shape[-2]) <= samples:
         return X
-    generator = generator or torch.Generator(X.device).manual_seed(0)
-    rows = torch.randperm(X.shape[-2], generator=generator, device=generator.device)[:samples]
-    return X.index_select(-2, rows.to(X.device, non_blocking=True))
+    if isinstance(generator, torch.Generator):
+        rows = torch.randperm(n, generator=generator, device=generator.device)
+    else:  # in the order of a hash, which a compiled graph can compute
+        rows = (torch.arange(n, device=X.device) + n * (generator or 0)) * 6364136223846793005
+        rows = ((rows ^ rows >> 31) * 3935559000370003845).argsort()
+    return X.index_select(-2, rows[:samples].to(X.device, non_blocking=True))
 
 
 @torch.no_grad()
@@ -332,8 +334,7 @@ class ReSoRA(AbstractContextManager):
             _pair(name, layer)
         self.layers, self.metric, self.level = layers, metric, level
         self.detach_input, self._on = detach_input, True  # a compiled graph outlives its hooks
-        own = {"center": level == "feature", "generator": torch.Generator().manual_seed(0)}
-        self.options = redundancy.__kwdefaults__ | own | options
+        self.options, self._draws = {"center": level == "feature", **options}, 0
         self._inputs: dict[str, list[Tensor]] = {}
         hooks = [(model, self._start), *((m, partial(self._record, n)) for n, m in layers.items())]
         hooks = hooks if level == "feature" else []
@@ -355,7 +356,8 @@ class ReSoRA(AbstractContextManager):
 
         Scalar in ≥ fp32; once per forward. Raises ValueError if a layer has no input or is merged.
         """
-        inputs, self._inputs = self._inputs, {}
+        inputs, self._inputs, self._draws = self._inputs, {}, self._draws + 1
+        options = {"generator": self._draws, **self.options}
         groups = defaultdict(list)  # layers of one shape are computed together
         for name, layer in self.layers.items():
             B, A = _pair(name, layer)
@@ -364,7 +366,7 @@ class ReSoRA(AbstractContextManager):
         R = []
         for group in groups.values():
             B, S = map(torch.stack, zip(*group, strict=True))
-            R += [redundancy(B, S, self.metric, **self.options)] * len(group)
+            R += [redundancy(B, S, self.metric, **options)] * len(group)
         return torch.stack([value.to(R[0].device) for value in R]).mean()
 
     def _codes(self, name: str, A: Tensor, inputs: dict[str, list[Tensor]]) -> Tensor:
@@ -442,9 +444,7 @@ def adapt(model: nn.Module, targets: Iterable[str], rank: int = 8, **kw) -> dict
 
 def merge(model: nn.Module) -> nn.Module:
     """Replace each LoRALinear of `model` by its merged Linear, in place; return `model`."""
-    modules = model.named_modules(remove_duplicate=False)
-    found = {name: m for name, m in modules if name and isinstance(m, LoRALinear)}
-    plain = {m: m.merge() for m in found.values()}
-    for name, m in found.items():
-        model.set_submodule(name, plain[m])
-    return model.merge() if isinstance(model, LoRALinear) else model
+    new = {m: m.merge() for m in model.modules() if isinstance(m, LoRALinear)}
+    for parent in list(model.modules()):  # every name of a shared layer
+        parent._modules.update({n: new[m] for n, m in parent._modules.items() if m in new})
+    return new.get(model, model)
