@@ -131,7 +131,7 @@ def read_json(path: str | Path):
     """Parsed JSON of a file. Raises ValueError that names the file if it is not JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # digits beyond a limit, depth
         raise ValueError(f"{path} is not valid JSON ({error}); delete or mend it") from error
 
 
@@ -484,6 +484,9 @@ class LazyAdapter(Mapping):
         return len(self._keys)
 
 
+UNREADABLE = SafetensorError, OSError, ValueError, RecursionError
+
+
 def save_bank(path: str | Path, subspaces: Mapping, modules: Mapping) -> None:
     """Write a recycled bank, the subspaces and every task's coefficients, to one safetensors.
 
@@ -523,7 +526,7 @@ def load_bank(path: str | Path, model: nn.Module) -> tuple[dict, dict]:
             subspaces[name] = eigenlorax.Subspace(**mine, **plain["subspace"])
         (tasks, rank), *others = {(len(a), a.shape[-1]) for pair in alphas.values() for a in pair}
         scalings = {name: float(plain["scaling"]) for name, plain in about.items()}
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (*UNREADABLE, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a bank written by save_bank: {error}") from error
     bad = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
     bad += [name for name, scaling in scalings.items() if not 0 < abs(scaling) < math.inf]

@@ -1,7 +1,9 @@
 """common.py: files, backbones, tasks, adapters on disk, training and scoring."""
 
+import json
 import os
 import pickle
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -469,3 +471,126 @@ def test_methods_train_their_own_numbers_and_the_head(row, count):
 def test_an_unknown_method_is_an_error():
     with pytest.raises(ValueError, match="found method 'dora'; wanted one of"):
         common.build(tiny_vit(), {"method": "dora"}, seed=0)
+
+
+# ---------------------------------------------------------------- hostile files
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A folder with a sound adapter, and a bank made of it."""
+    folder = tmp_path_factory.mktemp("whole")
+    save_lora(folder / "adapter")
+    subspaces = eigenlorax.recycle([common.LazyAdapter(folder / "adapter")])
+    modules = eigenlorax.adapt(tiny_vit(), subspaces, rank=2)
+    common.save_bank(folder / "bank.safetensors", subspaces, modules)
+    return folder
+
+
+def read_adapter(folder: Path) -> list:
+    return [factor for pair in common.LazyAdapter(folder / "adapter").values() for factor in pair]
+
+
+def read_bank(folder: Path) -> list:
+    modules = common.load_bank(folder / "bank.safetensors", tiny_vit())[1]
+    return [factor for m in modules.values() for factor in m.pair()]
+
+
+READERS = {
+    "adapter/adapter_model.safetensors": read_adapter,
+    "adapter/adapter_config.json": read_adapter,
+    "bank.safetensors": read_bank,
+}
+
+
+def survives(whole: Path, folder: Path, name: str, spoiled: bytes) -> bool:
+    """Whether a file's reader takes it: finite numbers. A refusal is a ValueError of one line."""
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(whole, folder)
+    (folder / name).write_bytes(spoiled)
+    before = sorted(folder.rglob("*"))
+    try:
+        assert all(factor.isfinite().all() for factor in READERS[name](folder))
+        taken = True
+    except ValueError as error:
+        assert Path(name).parts[-1].partition("_")[0].partition(".")[0] in str(error)
+        assert len(str(error)) < 5000
+        taken = False
+    assert sorted(folder.rglob("*")) == before and (folder / name).read_bytes() == spoiled
+    return taken
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_flipped_bits_and_cut_ends_are_read_as_numbers_or_refused(whole, tmp_path, name):
+    good = (whole / name).read_bytes()
+    assert survives(whole, tmp_path / "copy", name, good)
+    generator = np.random.default_rng(0)
+    for _ in range(60):
+        spoiled = bytearray(good)
+        head = 8 + int.from_bytes(good[:8], "little") if name.endswith("s") else len(good)
+        place = int(generator.integers(0, head if generator.random() < 0.8 else len(good)))
+        spoiled[place] ^= 1 << int(generator.integers(8))
+        survives(whole, tmp_path / "copy", name, bytes(spoiled))
+    for size in generator.integers(0, len(good), 10):
+        assert not survives(whole, tmp_path / "copy", name, good[: int(size)])
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 100_000, '{"a":' * 100_000, "1" * 5_000, "\udcff", "NaN", "[1]", '"text"', "true", ""],
+    ids=["lists", "objects", "digits", "bytes", "nan", "list", "string", "bool", "empty"],
+)
+def test_json_that_is_no_configuration_is_refused(whole, tmp_path, text):
+    spoiled = text.encode("utf-8", "surrogateescape")
+    assert not survives(whole, tmp_path / "copy", "adapter/adapter_config.json", spoiled)
+
+
+@pytest.mark.parametrize("field", ["lora_alpha", "r", "alpha_pattern", "use_rslora", "bias"])
+@pytest.mark.parametrize("value", ["x", [1], {"a": []}, -1e400, 1e308, None, {"(": 1}, {"": "y"}])
+def test_fields_of_the_wrong_kind_are_refused_or_mean_nothing(whole, tmp_path, field, value):
+    config = common.read_json(whole / "adapter" / "adapter_config.json") | {field: value}
+    spoiled = json.dumps(config).encode()
+    survives(whole, tmp_path / "copy", "adapter/adapter_config.json", spoiled)
+
+
+def test_names_that_climb_out_of_a_folder_are_only_names(tmp_path):
+    tensors = {
+        "base_model.model.../../escaped.lora_A.weight": torch.ones(1, 3),
+        "base_model.model.../../escaped.lora_B.weight": torch.ones(2, 1),
+    }
+    (tmp_path / "in" / "adapter").mkdir(parents=True)
+    save_file(tensors, tmp_path / "in" / "adapter" / "adapter_model.safetensors")
+    (tmp_path / "in" / "adapter" / "adapter_config.json").write_text('{"r": 1, "lora_alpha": 1}')
+    subspaces = eigenlorax.recycle([common.LazyAdapter(tmp_path / "in" / "adapter")])
+    with pytest.raises(ValueError, match="no layer's name ends in"):
+        eigenlorax.adapt(tiny_vit(), subspaces)
+    assert [p.name for p in tmp_path.iterdir()] == ["in"]
+
+
+def test_links_are_read_and_never_written_through(whole, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        (tmp_path / "adapter" / name).symlink_to(whole / "adapter" / name)
+    before = (whole / "adapter" / "adapter_config.json").read_bytes()
+    read_adapter(tmp_path)
+    common.write_json(tmp_path / "adapter" / "adapter_config.json", {})
+    assert (whole / "adapter" / "adapter_config.json").read_bytes() == before
+    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    (tmp_path / "adapter" / "adapter_model.safetensors").symlink_to("adapter_model.safetensors")
+    with pytest.raises(ValueError, match="adapter_model.safetensors"):
+        read_adapter(tmp_path)  # a link to itself
+
+
+def test_a_header_that_claims_more_than_the_file_holds_costs_no_memory(whole, tmp_path):
+    header = b'{"base_model.model.q.lora_A.weight":{"dtype":"F32","shape":[1000000000,1000000000],'
+    header += b'"data_offsets":[0,4000000000000000000]}}'
+    name = "adapter/adapter_model.safetensors"
+    spoiled = len(header).to_bytes(8, "little") + header + bytes(16)
+    assert not survives(whole, tmp_path / "copy", name, spoiled)
+    assert not survives(whole, tmp_path / "copy", name, (2**63).to_bytes(8, "little") + header)
+
+
+def test_a_bank_that_nests_too_deep_is_refused(tmp_path):
+    save_file({"x:V_A": torch.ones(1)}, tmp_path / "bank.safetensors", {"bank": "[" * 100_000})
+    with pytest.raises(ValueError, match="bank.safetensors is not a bank"):
+        read_bank(tmp_path)
