@@ -1,6 +1,7 @@
 # make demo   recycle LoRA adapters on real digits: table, JSON and figure under runs/
 # make test   every test but the slow ones      make slow      the slow ones
 # make lint   ruff                              make mutants   do the tests see broken code?
+# make bench  what everything costs, beside the committed ratios: minutes, on a quiet machine
 
 PYTHON ?= python3
 # The release the committed numbers were measured with. `make TORCH=torch test` takes the newest.
@@ -8,7 +9,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test slow lint mutants clean
+.PHONY: demo test slow lint mutants bench clean
 
 demo: .venv/installed
 	$(BIN)/python train_vit.py
@@ -21,6 +22,9 @@ slow: .venv/installed
 
 mutants: .venv/installed
 	$(BIN)/python -m tests.mutants
+
+bench: .venv/installed
+	$(BIN)/python figures/scoreboard.py --measure
 
 lint: .venv/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
