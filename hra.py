@@ -233,7 +233,8 @@ class HRALinear(nn.Module):
     generator draws U; the global one if None
 
     U (d, r) is fp32 for a half or quantised base, else of the base's dtype. Raises ValueError if
-    an argument is out of range, TypeError if base has no in_features.
+    an argument is out of range, TypeError if base has no in_features. With FSDP2, penalty() needs
+    reshard_after_forward=False: it reads U between forward and backward.
     """
 
     def __init__(

@@ -315,10 +315,10 @@ class ReSoRA(AbstractContextManager):
     it breaks the graph). Calls of one layer in one forward add their tokens. Nothing is kept in
     evaluation mode under no_grad. The active adapters of a PEFT layer are one set of components.
     Attach anew after set_adapter; no layer may change its input in place. Each process of DDP has
-    its own R. level="weight" needs no input, sets no hook. detach_input: R moves a layer's own A
-    and B only; False, not for reentrant checkpointing: what is before, too. options are those of
-    `redundancy`; nonlinear draws anew in each step. Raises ValueError if no LoRA is found, one is
-    merged, DoRA or not linear, or an argument is wrong.
+    its own R; FSDP2: reshard_after_forward=False. level="weight" needs no input, sets no hook.
+    detach_input: R moves a layer's own A and B only; False, not for reentrant checkpointing: what
+    is before, too. options are those of `redundancy`; nonlinear draws anew in each step. Raises
+    ValueError if no LoRA is found, one is merged, DoRA or not linear, or an argument is wrong.
     """
 
     def __init__(

@@ -16,7 +16,8 @@ which the seed draws as well. EigenLoRAx is leave-one-out: the principal compone
 from LoRA adapters of the other tasks, written by PEFT to disk and read from there.
 
 Finished runs are kept in runs/ under a name that changes with the configuration, the code and
-the versions; the same command continues from them.
+the versions; the same command continues from them. Under torchrun the processes share each batch,
+with gloo where there is no accelerator: torchrun --standalone --nproc_per_node 2 train_vit.py
 """
 
 import functools
