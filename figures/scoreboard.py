@@ -305,7 +305,7 @@ def draw(source: Path) -> Path:
             axis.lines[-1].set_label("{}: {:.2f} ({:.2f})".format(name, *slopes(points)))
         axis.set(xscale="log", yscale="log", xlabel=LABELS[size], ylabel="seconds")
         axis.set_xticks(x, [str(v) for v in x])
-        axis.minorticks_off()
+        axis.xaxis.minorticks_off()
         axis.legend(fontsize="x-small").set_title("last exponent (the formula's)", {"size": 7})
     figure.suptitle(
         "Every cost is a constant plus a multiple of its formula (dashed):"
