@@ -177,6 +177,49 @@ def gain(
     return statistics.fmean(differences), *bootstrap(differences)
 
 
+def verdict(low: float, high: float, least: float = 0.0) -> str:
+    """What an interval of a difference says of the claim that it is above `least`."""
+    if low > least:
+        return "supported here"
+    return "not supported here" if high < least else "undecided"
+
+
+def points(run: dict) -> float:
+    """The test score of a run, × 100."""
+    return 100 * run["test"]
+
+
+def log_loss(run: dict) -> float:
+    """Minus the logarithm of a run's training loss, mean over its epochs: higher is faster."""
+    return -math.log(statistics.fmean(run["losses"]))
+
+
+def judge(
+    data: dict,
+    claim: str,
+    rows: list[str],
+    others: list[str],
+    score: Callable[[dict], float] = points,
+    least: float = 0.0,
+) -> tuple[str, str, str]:
+    """The claim that `rows` beat `others` by more than `least`: (claim, difference, verdict).
+
+    The difference, with its 95 % interval, is in points, or for `log_loss` in per cent.
+    """
+    mean, low, high = gain(data, rows, others, score)
+    said, unit = verdict(low, high, least), "points"
+    if score is log_loss:
+        mean, low, high = (100 * (math.exp(-x) - 1) for x in (mean, high, low))
+        unit = "% training loss"
+    return claim, f"{mean:+.1f} [{low:+.1f}, {high:+.1f}] {unit}", said
+
+
+def claims_table(claims: list[tuple[str, str, str]]) -> str:
+    """What `judge` returned for each claim, as a Markdown table."""
+    lines = [f"| {' | '.join(cells)} |" for cells in claims]
+    return "\n".join(["| claim | difference, 95 % interval | |", "|---|---:|---|", *lines])
+
+
 def plotting():
     """matplotlib.pyplot, drawing to files."""
     import matplotlib
@@ -671,6 +714,7 @@ def _peft(model: nn.Module, row: Mapping, seed: int) -> nn.Module:
     import peft
 
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+    warnings.filterwarnings("ignore", module=r"peft\.tuners\.boft")  # about CUDA, on every run
     targets, rank = targets_of(model), row["rank"]
     config = {
         "lora": lambda: peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=targets),
@@ -1110,21 +1154,26 @@ def tune(
     grid: Iterable[float],
     tasks: list[str],
     finish: Callable[[list[dict]], list[dict]],
+    tuned_on: list[str] | None = None,
     **about,
 ) -> None:
     """Choose every row's learning rate on the validation split, with a seed that no table uses.
 
     rows: those of all tables; a row is tuned if `rates` has its name, and else has the rate of
-    another. finish: makes the runs.
+    another. finish: makes the runs. tuned_on: the tasks whose mean score decides; all by default.
     """
     rates, validation = dict(rates), {}
     rows = {r["row"]: r for r in rows if r["row"] in rates}
     for later in (False, True):  # the adapters first, at their best rate
         group = [r for r in rows.values() if ("recycle" in r) == later]
+        adapters = {r["recycle"]["row"]: r["recycle"] for r in group if later}
+        finish(specify(adapters.values(), rates, tasks, TUNING_SEEDS))
         specs = [
             spec
             for lr in grid
-            for spec in specify(group, rates | {r["row"]: lr for r in group}, tasks, TUNING_SEEDS)
+            for spec in specify(
+                group, rates | {r["row"]: lr for r in group}, tuned_on or tasks, TUNING_SEEDS
+            )
         ]
         runs = finish(specs)
         for r in group:
@@ -1140,7 +1189,8 @@ def tune(
                 found = (f"{s:.3f}" for s in scores.values())
                 print(f"{r['row']:20} {rates[r['row']]:<8g}", *found)
     setting = {"config": asdict(config), "environment": environment(), **about}
-    write_json(out, {**setting, "validation": validation, "chosen": rates})
+    found = {"tuned_on": tuned_on or tasks, "validation": validation, "chosen": rates}
+    write_json(out, {**setting, **found})
     if first():
         print(out)
 
@@ -1161,6 +1211,20 @@ def bars(axes, rows: list[dict]) -> None:
     axes.set_yticks(range(len(rows)), [f"{r['row']}  ({r['trainable']:,})" for r in rows])
     axes.invert_yaxis()
     axes.set_ylabel("method (trained numbers, head apart)")
+
+
+def draw_bars(source: str | Path, label: str, title: str, more: str = "") -> Path:
+    """Draw a results file's rows as `bars` over `label`, write them, then `more`, as Markdown.
+
+    Both go beside the file; returns the path of the PNG.
+    """
+    rows = read_json(source)["rows"]
+    Path(source).with_suffix(".md").write_text(f"{as_table(rows)}\n{more}", encoding="utf-8")
+    figure, axes = plotting().subplots(figsize=(8, 0.42 * len(rows) + 1.2), layout="constrained")
+    bars(axes, rows)
+    axes.set_xlabel(f"{label} (bar: mean ± std over seeds; strokes: the tasks)")
+    axes.set_title(title, fontsize="medium", loc="right")
+    return save_figure(figure, source)
 
 
 def draw_rates(source: str | Path) -> Path:

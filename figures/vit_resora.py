@@ -13,31 +13,28 @@ from resora import METRICS
 RANKS = (2, 4, 8)
 
 
-def gain(data: dict, rows: list[str], others: list[str]) -> tuple[float, float, float]:
-    """Accuracy of `rows` minus that of `others`, in points, and its 95 % interval."""
-    return common.gain(data, rows, others, lambda run: 100 * run["test"])
-
-
-def verdicts(data: dict) -> str:
-    """What was asked, the paired difference, and what it says, as a Markdown table."""
+def claims(data: dict) -> list[tuple[str, str, str]]:
+    """What was asked, the paired difference, and what it says."""
     levels, others = ("feature", "weight"), [m for m in METRICS if m != "linear"]
     asked = [
-        ("paper: R on the second stage beats the same epochs without", "linear, feature", ["λ=0"]),
-        ("paper: linear is the best metric", "linear, feature", [f"{m}, feature" for m in others]),
+        ("R on the second stage beats the same epochs without", "linear, feature", ["λ=0"]),
+        ("linear is the best metric", "linear, feature", [f"{m}, feature" for m in others]),
         ("control: re-gauging by SVD beats doing nothing", "re-gauged", ["λ=0"]),
         ("open: two stages beat one with a warm-up of λ", "linear, feature", ["linear, one stage"]),
     ]
     lines = [
-        (q, r, [f"r={r}, {a}"], [f"r={r}, {b}" for b in bs]) for q, a, bs in asked for r in RANKS
+        (f"{q}, r={r}", [f"r={r}, {a}"], [f"r={r}, {b}" for b in bs])
+        for q, a, bs in asked
+        for r in RANKS
     ]
     both = [[f"r=4, {m}, {level}" for m in METRICS] for level in levels]
-    lines.insert(len(RANKS), ("paper: feature level beats weight level (four metrics)", 4, *both))
-    out = ["| | r | difference in points | |", "|---|---:|---:|---|"]
-    for question, r, rows, others in lines:
-        mean, low, high = gain(data, rows, others)
-        verdict = "supported here" if low > 0 else "the reverse here" if high < 0 else "undecided"
-        out.append(f"| {question} | {r} | {mean:+.2f} [{low:+.2f}, {high:+.2f}] | {verdict} |")
-    return "\n".join(out) + "\n"
+    lines.insert(len(RANKS), ("feature level beats weight level (four metrics), r=4", *both))
+    return [common.judge(data, *line) for line in lines]
+
+
+def verdicts(data: dict) -> str:
+    """`claims` as a Markdown table."""
+    return common.claims_table(claims(data)) + "\n"
 
 
 def redundancy(data: dict, row: str):
@@ -60,7 +57,7 @@ def draw(source: str | Path) -> Path:
         names = [r["row"] for r in data["rows"] if r["row"].startswith(f"r={rank}, ")]
         names = [n for n in names if not n.endswith(("stage 1", "λ=0"))]
         for i, name in enumerate(names):
-            mean, low, high = gain(data, [name], [f"r={rank}, λ=0"])
+            mean, low, high = common.gain(data, [name], [f"r={rank}, λ=0"], common.points)
             axes.plot([low, high], [i, i], "k-")
             axes.plot(mean, i, "ko")
         axes.axvline(0, color="0.6", linewidth=0.8)
