@@ -8,6 +8,7 @@ import statistics
 from pathlib import Path
 
 import common
+from resora import METRICS
 
 FOLDER = Path(__file__).parent
 
@@ -15,6 +16,116 @@ FOLDER = Path(__file__).parent
 def read(name: str) -> dict:
     """figures/NAME.json."""
     return common.read_json(FOLDER / f"{name}.json")
+
+
+WHERE = {  # how the table calls each results file, and what it says of it once
+    "glue_docs": ("docstrings", "RoBERTa of width 64"),
+    "vit_cifar": ("CIFAR-100", "DINOv2-S"),
+    "vit_digits": ("digits", "ViT of width 64"),
+    "vit_hra": ("digits", "ViT of width 64"),
+    "vit_resora": ("digits", "ViT of width 64"),
+}
+CLOSE = {"least": -1.0}
+FASTER = {"score": common.log_loss}
+# paper, its claim, what it prints, the results that we have, the rows compared
+ASKED = [
+    ("HRA", "beats LoRA", "+1.6, GLUE, half its size", [
+        ("glue_docs", ["HRA r=8, λ=0"], ["LoRA r=4"], {}),
+        ("vit_hra", ["HRA r=8, λ=0"], ["LoRA r=4"], {})]),
+    ("HRA", "beats OFT", "+0.3, GLUE", [
+        ("glue_docs", ["HRA r=8, λ=0"], ["OFT"], {}),
+        ("vit_hra", ["HRA r=8, λ=0"], ["OFT"], {})]),
+    ("HRA", "beats BOFT", "+0.2, GLUE", [
+        ("glue_docs", ["HRA r=8, λ=0"], ["BOFT"], {}),
+        ("vit_hra", ["HRA r=8, λ=0"], ["BOFT"], {})]),
+    ("HRA", "λ = ∞ costs accuracy against λ = 0", "+1.0, GLUE", [
+        ("glue_docs", ["HRA r=8, λ=0"], ["HRA r=8, λ=∞"], {}),
+        ("vit_hra", ["HRA r=8, λ=0"], ["HRA r=8, λ=∞"], {})]),
+    ("ReSoRA", "beats LoRA trained as long", "+0.7, VTAB-1K", [
+        ("glue_docs", ["ReSoRA, stage 2"], ["LoRA, stage 2"], {}),
+        *(("vit_resora", [f"r={r}, linear, feature"], [f"r={r}, λ=0"], {}) for r in (2, 4, 8))]),
+    ("ReSoRA", "feature level beats weight level", "Table 4", [
+        ("vit_resora", *([f"r=4, {m}, {level}" for m in METRICS] for level in ("feature", "weight")),
+         {})]),
+    ("EigenLoRAx", "within a point of LoRA, 96 and 1,536 times smaller", "0.0, GLUE; +1.0, CIFAR-100", [
+        ("glue_docs", ["EigenLoRAx"], ["LoRA r=4"], CLOSE),
+        ("vit_digits", ["EigenLoRAx"], ["LoRA r=4"], CLOSE)]),
+    ("EigenLoRAx", "beats VeRA", "+5.9, GLUE; +3.9, CIFAR-100", [
+        ("glue_docs", ["EigenLoRAx"], ["VeRA"], {}),
+        ("vit_digits", ["EigenLoRAx"], ["VeRA"], {})]),
+    ("EigenLoRAx", "converges faster than LoRA", "up to 1.5 times", [
+        ("glue_docs", ["EigenLoRAx"], ["LoRA r=4"], FASTER)]),
+    ("EigenLoRAx", "recycled beats a random subspace", "+14.7, MRPC; +86.0, STS-B", [
+        ("glue_docs", ["EigenLoRAx-AUG"], ["Random subspace"], {}),
+        ("vit_digits", ["EigenLoRAx"], ["Random subspace"], {})]),
+    ("EigenLoRAx", "random weights in the subspace (ZS) beat the base", "+1.3, CIFAR-100", [
+        ("vit_digits", ["EigenLoRAx-ZS"], ["Base"], {})]),
+]  # fmt: skip
+
+
+def table() -> str:
+    """The papers' claims beside what was measured here, as a Markdown table."""
+    lines = ["| paper | claim | it prints | here: difference, 95 % interval |", "|---|---|---|---|"]
+    for paper, claim, printed, results in ASKED:
+        cells = []
+        for name, rows, others, options in results:
+            data = read(name)
+            _, difference, said = common.judge(data, claim, rows, others, **options)
+            where = WHERE[name][0]
+            if name == "vit_resora":
+                where += f", {rows[0].partition(',')[0]}"
+            if options == CLOSE:
+                size = {r["row"]: r["trainable"] for r in data["rows"]}
+                where += f", {size[others[0]] / size[rows[0]]:.0f} times smaller"
+            cells.append(
+                f"{where}: {difference}, **{said}**".replace("supported here", "supported")
+            )
+        lines.append(f"| {paper} | {claim} | {printed} | {'<br>'.join(cells)} |")
+    return "\n".join(lines)
+
+
+def settings() -> str:
+    """What the table's names stand for: model, tasks, training rows and seeds."""
+    found = {}
+    for name in dict.fromkeys(name for *_, results in ASKED for name, *_ in results):
+        runs = read(name)["runs"]
+        tasks, seeds = (len({run[key] for run in runs}) for key in ("task", "seed"))
+        found.setdefault((*WHERE[name], tasks), set()).add(seeds)
+    return "; ".join(
+        f"{where}: {model}, {tasks} tasks × {' or '.join(map(str, sorted(seeds)))} seeds"
+        for (where, model, tasks), seeds in found.items()
+    )
+
+
+def row(name: str, *rows: str) -> list[str]:
+    """Mean ± std over seeds of a results file's rows, × 100."""
+    means = [common.over_seeds(read(name), row, "test") for row in rows]
+    return [f"{100 * mean:.1f} ± {100 * std:.1f}" for mean, std in means]
+
+
+def digits() -> str:
+    """EigenLoRAx's Table 1 on digits."""
+    names = ("LoRA r=4", "EigenLoRAx", "Random subspace", "VeRA", "Base", "Full")
+    lora, ours, chance, vera, base, full = row("vit_digits", *names)
+    size = {r["row"]: r["trainable"] for r in read("vit_digits")["rows"]}
+    return (
+        f"LoRA r=4 reaches {lora} % with {size['LoRA r=4']:,} trained numbers, EigenLoRAx {ours}"
+        f" with {size['EigenLoRAx']:,}, a random subspace of that size {chance}, VeRA {vera}; the"
+        f" head alone {base}, full training {full}."
+    )
+
+
+def docs() -> str:
+    """The language tables on docstrings."""
+    names = ("LoRA r=4", "HRA r=8, λ=0", "EigenLoRAx", "Random subspace", "VeRA", "Base", "Full")
+    lora, hra, ours, chance, vera, base, full = row("glue_docs", *names)
+    size = {r["row"]: r["trainable"] for r in read("glue_docs")["rows"]}
+    return (
+        f"Mean of the six scores × 100: LoRA r=4 {lora} with {size['LoRA r=4']:,} trained numbers,"
+        f" HRA r=8 {hra} with {size['HRA r=8, λ=0']:,}, EigenLoRAx {ours} with"
+        f" {size['EigenLoRAx']:,}, a random subspace of that size {chance}, VeRA {vera}; the head"
+        f" alone {base}, full training {full}."
+    )
 
 
 def hra() -> str:
@@ -93,4 +204,4 @@ def cost() -> str:
 
 
 if __name__ == "__main__":
-    print(hra(), vtab(), cost(), sep="\n\n")
+    print(table(), settings(), digits(), docs(), hra(), vtab(), cost(), sep="\n\n")

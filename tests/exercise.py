@@ -190,6 +190,15 @@ def table() -> str:
     return "\n".join(f"{name:37} {e.source:23} {e.claims}" for name, e in EXERCISES.items())
 
 
+def listing() -> str:
+    """README's list: a line per method, from easy to hard, with the place in its paper."""
+    found = {}
+    for name, e in EXERCISES.items():
+        method, _, function = name.partition(".")
+        found.setdefault(method, []).append(f"`{function}` ({e.source})")
+    return "\n".join(f"- {method}: {', '.join(names)}" for method, names in found.items())
+
+
 def main() -> None:
     """List, write or check."""
     parser = argparse.ArgumentParser(
