@@ -35,7 +35,7 @@ authors monitor the reported set while they train; this script never does.
 EigenLoRAx is leave-one-out: the principal components of a task come from LoRA adapters of the
 other tasks, written by PEFT to disk and read from there. Finished runs are kept in runs/ under a
 name that changes with the configuration, the code and the versions; the same command continues.
-Under torchrun the processes share each batch: torchrun --standalone --nproc_per_node 2 train_glue.py
+Processes share each batch under torchrun --standalone --nproc_per_node 2 train_glue.py
 """
 
 import ast
