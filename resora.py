@@ -206,8 +206,8 @@ def _sample(X: Tensor, samples: int, generator: torch.Generator | int | None) ->
     if isinstance(generator, torch.Generator):
         rows = torch.randperm(n, generator=generator, device=generator.device)
     else:  # in the order of a hash, which a compiled graph can compute
-        rows = (torch.arange(n, device=X.device) + n * (generator or 0)) * 6364136223846793005
-        rows = ((rows ^ rows >> 31) * 3935559000370003845).argsort()
+        rows = torch.arange(n, device=X.device) + n * (generator or 0) ^ 0x5DEECE66D
+        rows = (rows * rows * 6364136223846793005).argsort()
     return X.index_select(-2, rows[:samples].to(X.device, non_blocking=True))
 
 

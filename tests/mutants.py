@@ -107,8 +107,8 @@ MUTANTS = {
         ("R9", ".square().neg_().expm1_()", ".square().neg_()"),
         (
             "R10",
-            "(torch.arange(n, device=X.device) + n * (generator or 0))",
-            "(torch.randperm(n) + n * (generator or 0))",
+            "torch.arange(n, device=X.device) + n * (generator or 0)",
+            "torch.randperm(n) + n * (generator or 0)",
         ),
         (
             "R10",

@@ -6,6 +6,7 @@ import math
 import pickle
 import random
 import weakref
+from itertools import pairwise
 
 import numpy as np
 import peft
@@ -962,6 +963,17 @@ def test_nonlinear_draws_other_tokens_in_each_step_and_the_same_in_each_run():
     first = values()
     assert first[0] != first[1] and values() == first
     assert values(generator=generator(7)) == values(generator=generator(7)) != first
+
+
+def test_drawn_tokens_are_distinct_and_each_as_likely_as_any_other():
+    n, k, draws = 425, 128, 2000
+    rows = [resora._sample(torch.arange(n)[:, None], k, i).flatten() for i in range(draws)]
+    assert all(len(row.unique()) == k for row in rows[:100])
+    counts = torch.cat(rows).bincount(minlength=n)
+    spread = (counts - draws * k / n).square().mean() / (draws * k / n * (1 - k / n))
+    assert 0.8 < spread < 1.2  # χ² of 424 degrees of freedom, over 424: 1 ± 0.07
+    both = [len(set(a.tolist()) & set(b.tolist())) for a, b in pairwise(rows[:400])]
+    assert abs(sum(both) / 399 - k * k / n) < 1  # hypergeometric, deviation 4.3/√399
 
 
 def test_copies_of_a_watched_model_are_on_their_own():
