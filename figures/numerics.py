@@ -195,7 +195,7 @@ def page(data: dict) -> str:
         ]
         lines.append(f"| {method} | {quantity} | " + " | ".join(shown) + " |")
     note = (
-        "Worst relative error against float64 over sizes "
+        "Worst error against float64, relative to the largest number wanted (R: to 1), over sizes "
         f"{data['plan']['sizes']} and {data['plan']['seeds']} seeds, rank {data['plan']['r']};"
         " in brackets: in eps of the answer's dtype, and the bound at that size, which tests keep."
     )

@@ -226,7 +226,9 @@ def test_readme_commands_are_make_targets():
         assert re.search(rf"^{name}:", makefile, flags=re.M), name
 
 
-@pytest.mark.parametrize("part", ["table", "settings", "docs", "hra", "digits", "vtab", "cost"])
+@pytest.mark.parametrize(
+    "part", ["table", "settings", "docs", "hra", "digits", "cifar", "vtab", "cost"]
+)
 def test_readme_numbers_are_those_of_the_committed_results(part):
     assert getattr(importlib.import_module("figures.claims"), part)() in readme()
 
