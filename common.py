@@ -210,7 +210,7 @@ def judge(
     said, unit = verdict(low, high, least), "points"
     if score is log_loss:
         mean, low, high = (100 * (math.exp(-x) - 1) for x in (mean, high, low))
-        unit = "% training loss"
+        unit = "% training loss (− is faster)"
     return claim, f"{mean:+.1f} [{low:+.1f}, {high:+.1f}] {unit}", said
 
 
@@ -473,6 +473,9 @@ class TextTask(Dataset):
 # ---------------------------------------------------------------- adapters on disk
 
 
+LARGEST_CONFIG = 2**20  # bytes
+
+
 class LazyAdapter(Mapping):
     """A PEFT LoRA folder as {module name: (B (o, r), A (r, d))}, read when asked for.
 
@@ -486,9 +489,16 @@ class LazyAdapter(Mapping):
             found = sorted(child.name for child in Path(folder).glob("*"))
             raise ValueError(f"wanted {self.file}; found {found or 'no such folder'}")
         about = self.file.with_name("adapter_config.json")
+        if about.is_file() and about.stat().st_size > LARGEST_CONFIG:
+            size = about.stat().st_size
+            raise ValueError(f"{about} has {size:,} bytes; wanted at most {LARGEST_CONFIG:,}")
         self.config = read_json(about) if about.is_file() else None
         if not isinstance(self.config, dict):
             raise ValueError(f"wanted a JSON object in {about}; found {self.config or 'none'}")
+        patterns = self.config.get("alpha_pattern")
+        for pattern in patterns if isinstance(patterns, dict) else ():  # PEFT takes it as a regex
+            if re.search(r"[)*+?}][*+?{]", pattern) or len(pattern) > 200:
+                raise ValueError(f"{about}: alpha_pattern has {pattern!r:.80}; wanted a name")
         with self._open() as tensors:
             shapes = {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}
         empty = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
@@ -505,7 +515,7 @@ class LazyAdapter(Mapping):
     def _pairs(self, tensors: dict) -> dict:
         try:
             pairs = eigenlorax.lora_pairs(tensors, self.config)
-        except (ValueError, TypeError, AttributeError, re.error) as error:
+        except (ValueError, TypeError, AttributeError, OverflowError, re.error) as error:
             raise ValueError(f"{self.file}, with its adapter_config.json: {error}") from error
         for name, pair in pairs.items():
             if not all(factor.is_meta or factor.isfinite().all() for factor in pair):
@@ -573,9 +583,16 @@ def load_bank(path: str | Path, model: nn.Module) -> tuple[dict, dict]:
         raise ValueError(f"{path} is not a bank written by save_bank: {error}") from error
     bad = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
     bad += [name for name, scaling in scalings.items() if not 0 < abs(scaling) < math.inf]
-    for name, subspace in subspaces.items():
-        shapes = [(tasks, len(V), rank) for V in (subspace.V_A, subspace.V_B)]
-        bad += [name] * ([alpha.shape for alpha in alphas[name]] != shapes)
+    for name, s in subspaces.items():
+        shapes = [(tasks, len(V), rank) for V in (s.V_A, s.V_B)]
+        shapes += [V.shape[1:] for V in (s.V_A, s.V_B)]
+        fits = [X.shape for X in (*alphas[name], s.mean_A, s.mean_B)] == shapes
+        fits = fits and type(s.count) is int and type(s.center) is bool and s.count >= 0
+        fits = fits and all(0 <= x < math.inf for x in (s.dropped_A, s.dropped_B))
+        for sigma, V in ((s.singular_values_A, s.V_A), (s.singular_values_B, s.V_B)):
+            falls = sigma.dim() == 1 and (sigma.diff() <= 0).all() and (sigma >= 0).all()
+            fits = fits and falls and V.is_floating_point()
+        bad += [] if fits else [name]
     if bad or others:
         raise ValueError(f"{path}: found {bad or others}; wanted finite numbers, one rank for all")
     modules = eigenlorax.adapt(model, subspaces, rank, tasks=tasks)
@@ -859,6 +876,8 @@ def check_options(config, least: Mapping[str, int], known: Mapping[str, list[str
         if getattr(config, name) < wanted:
             option = f"--{name.replace('_', '-')}"
             raise ValueError(f"found {option} {getattr(config, name)}; wanted {wanted} or more")
+    if not math.isfinite(config.weight_decay):
+        raise ValueError(f"found --weight-decay {config.weight_decay}; wanted a finite number")
     for name, choices in {**known, "mixed_precision": ["no", "bf16", "fp16"]}.items():
         if getattr(config, name) not in choices:
             option = f"--{name.replace('_', '-')}"

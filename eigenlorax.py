@@ -204,7 +204,7 @@ def lora_pairs(state_dict: Mapping[str, Tensor], config: Mapping | None = None) 
         hits = [v for p, v in patterns.items() if re.match(rf"(.*\.)?({p})$", name)]
         s = [*hits, config.get("lora_alpha", r)][0] / r**power
         pairs[name] = B[name].to(_dtype(B[name])) * s, A[name].to(_dtype(A[name]))
-    return pairs
+    return {name: (_finite(B, f"{name}: s·B"), A) for name, (B, A) in pairs.items()}
 
 
 def _rank(B: Tensor, A: Tensor, o: int, d: int, at: str = "") -> int:
@@ -340,7 +340,7 @@ class EigenLoRAxLinear(nn.Module):
         if isinstance(task, Tensor) and (task.shape, task.dtype) == ((n,), torch.int64):
             return self.alpha_A.index_select(0, task), self.alpha_B.index_select(0, task)
         if type(task) is not int or not 0 <= task < self.tasks:
-            raise ValueError(f"task = {task!r:.40}; want {n} or one int from 0 to {self.tasks - 1}")
+            raise ValueError(f"task = {task!r:.40}; want 0 to {self.tasks - 1}, or {n} such int64")
         return self.alpha_A[task], self.alpha_B[task]
 
     def pair(self, task: int | None = None) -> tuple[Tensor, Tensor]:

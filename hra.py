@@ -56,7 +56,7 @@ unsquared, runs Gram–Schmidt on equal columns (0/0); its LLaMA part reflects t
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 
 import torch
@@ -393,7 +393,7 @@ def _replace(model: nn.Module, targets, kinds, make) -> dict[str, nn.Module]:
     return {name: new[layer] for name, layer in found.items()}
 
 
-def adapt(model: nn.Module, targets: str | list[str], rank: int = 8, **kw) -> dict[str, HRALinear]:
+def adapt(model: nn.Module, targets: Iterable[str], rank: int = 8, **kw) -> dict[str, HRALinear]:
     """Freeze `model`, put HRA around each Linear and Conv2d whose dotted name ends in a target.
 
     Adapters in it are frozen too. Returns {name: module}; kw goes to HRALinear and HRAConv2d.

@@ -173,7 +173,7 @@ def _gram(X: Tensor) -> Tensor:
 
 def _lengths(G: Tensor, floor: Tensor | float) -> Tensor:
     """√G_ii (…, r); ∞, so that dividing gives 0 and no gradient, where G_ii ≤ floor."""
-    g = G.diagonal(dim1=-2, dim2=-1)
+    g = (G + 0 * G).diagonal(dim1=-2, dim2=-1)  # 0·∞: what overflowed is nan
     return g.masked_fill(g <= floor, torch.inf).sqrt()
 
 
@@ -217,7 +217,7 @@ def regauge(B: Tensor, A: Tensor, x: Tensor | None = None) -> tuple[Tensor, Tens
 
     B (o, r), A (r, d), x (…, d); out: shapes and dtypes of B and A. B' has orthonormal columns, so
     cosine is 0. Without x, A' has orthogonal rows; with x, the codes x A'ᵀ are uncorrelated and
-    linear is 0 on x. If r > o, the last r − o components are zero. Not: unique. Raises ValueError.
+    linear is 0 on x. If r > o, the last r − o components are zero. Not unique. Raises ValueError.
 
     >>> B, A = regauge(torch.tensor([[3.0, 3], [4, 4]]), torch.tensor([[1.0, 0], [0, 2]]))
     >>> (B @ A).round(decimals=4)

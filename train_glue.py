@@ -636,7 +636,8 @@ def texts(rows, where: str, shape: Shape, tokenizer, length: int) -> common.Text
                 raise ValueError(f"{where}: found {text!r} in {name}; wanted text")
     kind = "0 or 1" if shape.classes > 1 else "a score from 0 to 5"
     for y in labels:
-        if not isinstance(y, int | float) or not 0 <= y <= (shape.classes - 1 or 5):
+        known = isinstance(y, int | float) and 0 <= y <= (shape.classes - 1 or 5)
+        if not known or (shape.classes > 1 and y != int(y)):
             raise ValueError(f"{where}: found the label {y!r}; wanted {kind}")
     if len(set(labels)) < 2 and "validation" not in where:
         raise ValueError(f"{where}: found the labels {set(labels)} only; wanted two or more")

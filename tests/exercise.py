@@ -176,7 +176,8 @@ def check(name: str, file: Path) -> dict[str, bool]:
         )
         if not (place / "xml").exists():
             reasons = [x[2:].strip() for x in done.stderr.splitlines() if x.startswith("E ")]
-            raise ValueError(f"{file}: found {(reasons or [done.stderr])[-1]}, want to import it")
+            reason = (reasons or [done.stderr.strip() or "an exit"])[-1]
+            raise ValueError(f"{file}: found {reason}, want to import it")
         cases = list(ElementTree.parse(place / "xml").iter("testcase"))
     found = {}
     for claim in claims.split():

@@ -308,6 +308,8 @@ def main() -> None:
     chosen = [
         (n, *m) for n, ms in MUTANTS.items() for m in ms if m[0] in (options.claims or [m[0]])
     ]
+    if not chosen:
+        parser.error(f"found {options.claims}, want claims such as H1")
     dead = 0
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy"

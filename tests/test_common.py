@@ -294,10 +294,14 @@ def test_bad_adapter_folders_are_named(tmp_path):
             common.LazyAdapter(tmp_path)
     file.write_bytes(whole)
     texts = ['{"peft_type": "LORA", "lora_alpha": "y"}', '{"lora_alpha": NaN}']
-    for text in (*texts, '{"alpha_pattern": {"(": 1}}'):
+    texts += ['{"lora_alpha": 1' + 400 * "0" + "}", '{"alpha_pattern": {"(": 1}}']
+    for text in (*texts, '{"alpha_pattern": {"(a+)+": 1}}'):  # the last takes time without end
         (tmp_path / "adapter_config.json").write_text(text)
-        with pytest.raises(ValueError, match="adapter_model.safetensors"):
+        with pytest.raises(ValueError, match="adapter_(model.safetensors|config.json)"):
             next(iter(common.LazyAdapter(tmp_path).values()))
+    (tmp_path / "adapter_config.json").write_text("{" + 2**20 * " " + "}")
+    with pytest.raises(ValueError, match=r"has 1,048,578 bytes; wanted at most 1,048,576"):
+        common.LazyAdapter(tmp_path)
     for text, found in (("[1]", r"\[1\]"), ("null", "none")):  # null would lose the scaling
         (tmp_path / "adapter_config.json").write_text(text)
         with pytest.raises(ValueError, match=rf"wanted a JSON object in .*found {found}"):
@@ -356,6 +360,18 @@ def test_a_bank_whose_parts_do_not_fit_is_neither_saved_nor_loaded(tmp_path):
         with pytest.raises(ValueError, match=rf"bank.safetensors: found .*{name}"):
             common.load_bank(file, untouched)
         assert not any(isinstance(m, eigenlorax.EigenLoRAxLinear) for m in untouched.modules())
+    sigma = subspaces[name].singular_values_A
+    for wrong in (
+        {"count": "x"},
+        {"center": 1},
+        {"dropped_A": -1.0},
+        {"singular_values_A": sigma.flip(0)},
+        {"mean_B": torch.zeros(2)},
+    ):
+        spoiled = {name: replace(subspaces[name], **wrong)}
+        common.save_bank(file, subspaces | spoiled, modules)
+        with pytest.raises(ValueError, match=rf"bank.safetensors: found .*{name}"):
+            common.load_bank(file, tiny_vit())
 
 
 def test_a_file_that_is_no_bank_is_refused(tmp_path):

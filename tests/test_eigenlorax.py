@@ -578,16 +578,16 @@ PAIR = torch.ones(4, 2), torch.ones(2, 3)
         ),
         (
             lambda: layer(seeded(0))(torch.ones(2, 9).double(), 1),
-            "task = 1; want 2 or one int from 0 to 0",
+            "task = 1; want 0 to 0, or 2 such int64",
         ),
-        (lambda: layer(seeded(0)).merge(-1), "task = -1; want None or one int from 0 to 0"),
+        (lambda: layer(seeded(0)).merge(-1), "task = -1; want 0 to 0, or None such int64"),
         (
             lambda: layer(seeded(0))(torch.ones(2, 9).double(), torch.zeros(3, dtype=torch.long)),
-            r"task = tensor\(\[0, 0, 0\]\); want 2 or one int from 0 to 0",
+            r"task = tensor\(\[0, 0, 0\]\); want 0 to 0, or 2 such int64",
         ),
         (
             lambda: layer(seeded(0))(torch.ones(2, 9).double(), torch.ones(2, dtype=torch.bool)),
-            r"task = tensor\(\[True, True\]\); want 2 or one int from 0",
+            r"task = tensor\(\[True, True\]\); want 0 to 0, or 2 such int64",
         ),
         (
             lambda: serving({"q": layer(seeded(0), tasks=2)}, [0, 2]).__enter__(),

@@ -1136,6 +1136,18 @@ def test_euclidean_stays_at_most_one_for_large_and_equal_components():
     assert 0 <= value <= 1
 
 
+@pytest.mark.parametrize("metric", METRICS)
+def test_squares_beyond_the_dtype_give_nan_and_no_number(metric):
+    B, S = (draw(i, (n, 3), dtype=torch.float32)[0] for i, n in ((0, 5), (1, 8)))
+    assert redundancy(B, S * 1e20, metric).isnan()
+    if metric != "euclidean":  # whose value is the distances'
+        close(
+            redundancy(B, S * 1e15, metric),
+            redundancy(B, S, metric),
+            1e3 * torch.finfo(torch.float32).eps,
+        )
+
+
 def test_dora_and_layers_that_only_look_like_lora():
     config = peft.LoraConfig(r=2, target_modules=["0"], use_dora=True)
     model = peft.get_peft_model(nn.Sequential(nn.Linear(4, 3)), config)
