@@ -661,6 +661,7 @@ def test_a_real_backbone_and_real_texts(tmp_path):
         train=200,
         evaluate=200,
         epochs=3,
+        batch_size=8,
         seeds=1,
         runs=str(tmp_path),
     )
