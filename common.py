@@ -119,8 +119,13 @@ def check_writable(path: str | Path) -> None:
 
 
 def write_json(path: str | Path, value) -> None:
-    """Write JSON so that a reader sees the old file or the whole new one, never a part."""
+    """Write JSON so that a reader sees the old file or the whole new one, never a part.
+
+    Indented, but for lists of numbers, which take a line each.
+    """
     text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+    numbers = r"\[\n([-+.\deE,\n ]+)\n *\]"  # no string has a line break of its own
+    text = re.sub(numbers, lambda found: f"[{' '.join(found[1].split())}]", text)
     with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.write(text + "\n")
         file.flush()
@@ -514,13 +519,9 @@ class LazyAdapter(Mapping):
 
     def _pairs(self, tensors: dict) -> dict:
         try:
-            pairs = eigenlorax.lora_pairs(tensors, self.config)
+            return eigenlorax.lora_pairs(tensors, self.config)
         except (ValueError, TypeError, AttributeError, OverflowError, re.error) as error:
             raise ValueError(f"{self.file}, with its adapter_config.json: {error}") from error
-        for name, pair in pairs.items():
-            if not all(factor.is_meta or factor.isfinite().all() for factor in pair):
-                raise ValueError(f"{self.file}: {name} times its scaling is not finite")
-        return pairs
 
     def __getitem__(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         with self._open() as tensors:
@@ -1054,7 +1055,7 @@ def quiet_single_thread() -> None:
 
 
 def forgiving(spec: dict, work: Callable[[dict], dict]) -> dict:
-    """`work(spec)`; where the training diverges, the score of a guess."""
+    """`work(spec)`; where the training diverges, a score of 0."""
     try:
         return work(spec)
     except Diverged:
@@ -1116,6 +1117,12 @@ def results_of(config, name: str, *scripts, **about) -> Results:
     return Results(config.runs, name, {**settings, **about, "code": code, **environment()})
 
 
+def stated(config) -> dict:
+    """The options that a results file names: not where files lie, and a folder by its name."""
+    settings = {k: v for k, v in asdict(config).items() if k not in ("runs", "out")}
+    return settings | {k: Path(settings[k]).name for k in ("backbone", "data")}
+
+
 def summary(runs: list[dict], split: str = "test") -> list[dict]:
     """One entry per row: size, score per task (mean over seeds), mean ± std over seeds."""
     rows = []
@@ -1154,7 +1161,7 @@ def as_table(rows: list[dict]) -> str:
 def report(config, out: Path, runs: list[dict], figure: str, note: str, **about) -> None:
     """Print a table and its note, write its JSON and draw its figure, figures/FIGURE.py."""
     draws = import_module(f"figures.{figure}")
-    setting = {"config": asdict(config), "environment": environment(), **about}
+    setting = {"config": stated(config), "environment": environment(), **about}
     data = {**setting, "rows": summary(runs), "runs": runs}
     if not first():
         return
@@ -1185,8 +1192,9 @@ def tune(
     rows = {r["row"]: r for r in rows if r["row"] in rates}
     for later in (False, True):  # the adapters first, at their best rate
         group = [r for r in rows.values() if ("recycle" in r) == later]
-        adapters = {r["recycle"]["row"]: r["recycle"] for r in group if later}
-        finish(specify(adapters.values(), rates, tasks, TUNING_SEEDS))
+        if later:
+            adapters = {r["recycle"]["row"]: r["recycle"] for r in group}
+            finish(specify(adapters.values(), rates, tasks, TUNING_SEEDS))
         specs = [
             spec
             for lr in grid
@@ -1207,7 +1215,7 @@ def tune(
             if first():
                 found = (f"{s:.3f}" for s in scores.values())
                 print(f"{r['row']:20} {rates[r['row']]:<8g}", *found)
-    setting = {"config": asdict(config), "environment": environment(), **about}
+    setting = {"config": stated(config), "environment": environment(), **about}
     found = {"tuned_on": tuned_on or tasks, "validation": validation, "chosen": rates}
     write_json(out, {**setting, **found})
     if first():

@@ -483,6 +483,16 @@ def correlations(model, modules: dict, data: common.ImageTask) -> dict[str, list
     return found
 
 
+def mean_correlations(runs: list[dict]) -> dict[str, list]:
+    """{row: `correlations` (layers, r, r), mean over tasks and seeds}, taken out of the runs."""
+    rows = {}
+    for run in runs:
+        if "correlations" in run:
+            layers = torch.tensor(list(run.pop("correlations").values()), dtype=torch.float64)
+            rows.setdefault(run["row"], []).append(layers)
+    return {row: torch.stack(found).mean(0).tolist() for row, found in rows.items()}
+
+
 def finish(specs: list[dict], config: Config, backbone: str, results: common.Results) -> list[dict]:
     """The results of all runs, in order: those on disk as they are, the others made now."""
     work = functools.partial(run, config=config, backbone=backbone, folder=results.folder)
@@ -509,7 +519,10 @@ def compare(config: Config) -> None:
     figure = "vit_cifar" if other else FIGURES[config.table]
     out = Path(config.out or results.folder / f"{figure}.json")
     note = f"Accuracy in per cent on the test split, mean over {config.seeds} seed(s)."
-    common.report(config, out, finish(specs, config, backbone, results), figure, note)
+    runs = finish(specs, config, backbone, results)
+    means = mean_correlations(runs)
+    about = {"correlations": means} if figure == "vit_resora" else {}
+    common.report(config, out, runs, figure, note, **about)
 
 
 def tune(config: Config) -> None:

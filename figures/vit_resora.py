@@ -37,14 +37,6 @@ def verdicts(data: dict) -> str:
     return common.claims_table(claims(data)) + "\n"
 
 
-def redundancy(data: dict, row: str):
-    """Squared correlations of the codes (layers, r, r), mean over tasks and seeds."""
-    import numpy as np
-
-    runs = [r["correlations"] for r in data["runs"] if r["row"] == row]
-    return np.mean([list(layers.values()) for layers in runs], axis=0)
-
-
 def draw(source: str | Path) -> Path:
     """Draw the figure and write the table beside their JSON; returns the path of the PNG."""
     data = common.read_json(source)
@@ -67,10 +59,12 @@ def draw(source: str | Path) -> Path:
         axes.set_xlabel("points more than with λ = 0")
     top.suptitle("Second stage with ReSoRA against the same epochs without: mean, 95 % interval")
     arms = {"stage 1": "before", "λ=0": "λ = 0", "linear, feature": "linear metric"}
-    layers = len(redundancy(data, "r=4, λ=0"))
+    layers = len(data["correlations"]["r=4, λ=0"])
     grid = bottom.subplots(len(arms), layers, squeeze=False)
     for row, (arm, label) in zip(grid, arms.items(), strict=True):
-        for i, (axes, matrix) in enumerate(zip(row, redundancy(data, f"r=4, {arm}"), strict=True)):
+        for i, (axes, matrix) in enumerate(
+            zip(row, data["correlations"][f"r=4, {arm}"], strict=True)
+        ):
             image = axes.imshow(matrix, cmap="gray_r", vmin=0, vmax=1)
             axes.set(xticks=[], yticks=[])
             if i == 0:

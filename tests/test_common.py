@@ -282,6 +282,14 @@ def test_lazy_adapter_reads_one_module_at_a_time(tmp_path):
         assert all(torch.isfinite(factor).all() for factor in adapter[other])
 
 
+def test_json_keeps_what_it_is_given_and_numbers_on_a_line(tmp_path):
+    value = {"a": [1, -2.5e-7, 3.0], "b": [[0.5, 1], []], "c": "[\n1,\n2\n]", "d": [1, None, "x"]}
+    common.write_json(tmp_path / "a.json", value)
+    assert common.read_json(tmp_path / "a.json") == value
+    lines = (tmp_path / "a.json").read_text().splitlines()
+    assert ' "a": [1, -2.5e-07, 3.0],' in lines and "  [0.5, 1]," in lines
+
+
 def test_bad_adapter_folders_are_named(tmp_path):
     with pytest.raises(ValueError, match="found no such folder"):
         common.LazyAdapter(tmp_path / "nothing")

@@ -47,6 +47,13 @@ def test_every_figure_has_its_json_and_script_and_the_reverse():
         assert not {f"{stem}.{w}" for w in wanted} - files, file
 
 
+@pytest.mark.parametrize("file", sorted((ROOT / "figures").glob("*.json")), ids=lambda f: f.stem)
+def test_a_results_file_is_small_and_names_no_folder_of_a_machine(file):
+    text = file.read_text(encoding="utf-8")
+    assert len(text) < 2**20
+    assert re.findall(r'"(?:/|~/|[A-Z]:\\)[^"]*"', text) == []
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_file_imports_torch_and_the_standard_library_only(name):
     imported = set()

@@ -576,6 +576,7 @@ def test_tuning_chooses_by_validation_and_a_table_prints_what_it_writes(
     assert len(data["runs"]) == 5 * 6 and out.with_suffix(".png").exists()
     printed = capsys.readouterr().out
     assert common.as_table(data["rows"]) in printed and "Texts cut to 24 tokens: " in printed
+    assert data["config"]["backbone"] == tiny.name and "runs" not in data["config"]
 
 
 # ---------------------------------------------------------------- figures

@@ -330,6 +330,16 @@ def left(shared, spec: dict) -> dict:
     return load_file(common.adapter_folder(shared[0].folder, kept) / "state.safetensors")
 
 
+def test_correlations_of_a_row_are_the_mean_of_its_runs():
+    runs = [
+        {"row": "a", "correlations": {"0": [[1.0, x], [x, 1.0]], "1": [[1.0, 0.0], [0.0, 1.0]]}}
+        for x in (0.25, 0.75)
+    ]
+    means = train_vit.mean_correlations([*runs, {"row": "b"}])
+    assert means == {"a": [[[1.0, 0.5], [0.5, 1.0]], [[1.0, 0.0], [0.0, 1.0]]]}
+    assert runs == [{"row": "a"}] * 2
+
+
 def test_hra_and_resora_rows_report_what_their_figures_need(shared, monkeypatch):
     result = one(shared, train_vit.hra_rows, "HRA r=4, λ=1e-1")
     assert result["trainable"] == 4 * 2 * 64 * 4 and 0 < result["orthogonality"] < 4
