@@ -101,50 +101,36 @@ def settings() -> str:
     )
 
 
-def row(name: str, *rows: str) -> list[str]:
-    """Mean ± std over seeds of a results file's rows, × 100."""
-    means = [common.over_seeds(read(name), row, "test") for row in rows]
-    return [f"{100 * mean:.1f} ± {100 * std:.1f}" for mean, std in means]
+def scores(name: str, *rows: str) -> str:
+    """Mean ± std over seeds of a results file's rows, × 100, with their trained numbers."""
+    data = read(name)
+    size, found = {r["row"]: r["trainable"] for r in data["rows"]}, []
+    for row in rows:
+        mean, std = common.over_seeds(data, row, "test")
+        found.append(f"{row} {100 * mean:.1f} ± {100 * std:.1f} ({size[row]:,})")
+    return "; ".join(found) + "."
+
+
+EIGENLORAX = ("Full", "LoRA r=4", "VeRA", "EigenLoRAx", "Random subspace", "Base")
 
 
 def digits() -> str:
     """EigenLoRAx's Table 1 on digits."""
-    names = ("LoRA r=4", "EigenLoRAx", "Random subspace", "VeRA", "Base", "Full")
-    lora, ours, chance, vera, base, full = row("vit_digits", *names)
-    size = {r["row"]: r["trainable"] for r in read("vit_digits")["rows"]}
-    return (
-        f"LoRA r=4 reaches {lora} % with {size['LoRA r=4']:,} trained numbers, EigenLoRAx {ours}"
-        f" with {size['EigenLoRAx']:,}, a random subspace of that size {chance}, VeRA {vera}; the"
-        f" head alone {base}, full training {full}."
-    )
+    return scores("vit_digits", *EIGENLORAX)
 
 
 def cifar() -> str:
     """EigenLoRAx's Table 1 on CIFAR-100."""
-    names = ("LoRA r=4", "LoRA r=1", "EigenLoRAx", "Random subspace", "VeRA", "Base", "Full")
-    lora, small, ours, chance, vera, base, full = row("vit_cifar", *names)
-    size = {r["row"]: r["trainable"] for r in read("vit_cifar")["rows"]}
-    setting = read("vit_cifar")["config"]
-    return (
-        f"{setting['classes']} classes a task, {setting['images']} images of each at"
-        f" {setting['image_size']} pixels, {setting['epochs']} epochs: LoRA r=4 reaches {lora} %"
-        f" with {size['LoRA r=4']:,} trained numbers, r=1 {small} with {size['LoRA r=1']:,},"
-        f" EigenLoRAx {ours} with {size['EigenLoRAx']:,}, a random subspace of that size {chance},"
-        f" VeRA {vera} with {size['VeRA']:,}; the head alone {base}, full training {full}."
+    setting = (
+        "{classes} classes a task, {images} images of each at {image_size} pixels, {epochs} epochs:"
     )
+    found = scores("vit_cifar", *EIGENLORAX, "LoRA r=1", "EigenLoRAx-ZS")
+    return f"{setting.format(**read('vit_cifar')['config'])} {found}"
 
 
 def docs() -> str:
     """The language tables on docstrings."""
-    names = ("LoRA r=4", "HRA r=8, λ=0", "EigenLoRAx", "Random subspace", "VeRA", "Base", "Full")
-    lora, hra, ours, chance, vera, base, full = row("glue_docs", *names)
-    size = {r["row"]: r["trainable"] for r in read("glue_docs")["rows"]}
-    return (
-        f"Mean of the six scores × 100: LoRA r=4 {lora} with {size['LoRA r=4']:,} trained numbers,"
-        f" HRA r=8 {hra} with {size['HRA r=8, λ=0']:,}, EigenLoRAx {ours} with"
-        f" {size['EigenLoRAx']:,}, a random subspace of that size {chance}, VeRA {vera}; the head"
-        f" alone {base}, full training {full}."
-    )
+    return scores("glue_docs", *EIGENLORAX, "HRA r=8, λ=0", "PiSSA r=4")
 
 
 def hra() -> str:

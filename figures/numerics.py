@@ -233,7 +233,7 @@ def draw(source: str | Path) -> Path:
             turns, [e / eps for e in r["errors"]], f"{styles[r['dtype']]}-", color="0.4", alpha=0.5
         )
     axes[2].set(yscale="log", xlabel="round of training and merging", ylabel="error of W' in eps")
-    axes[2].set(title="Merging again: no drift")
+    axes[2].set(title="Merging again: within four eps")
     return common.save_figure(figure, source)
 
 
