@@ -719,8 +719,9 @@ def evaluate(
         outputs.append(pair[0].float().cpu())
         labels.append(pair[1].cpu())
     outputs, labels = torch.cat(outputs), torch.cat(labels)
-    if metric == "pearson":
-        return float(r_regression(outputs.view(-1, 1).numpy(), labels.numpy())[0])
+    if metric == "pearson":  # centred before: r_regression subtracts squares, which cancel
+        x, y = (v.double().flatten() - v.double().mean() for v in (outputs, labels))
+        return float(r_regression(x[:, None].numpy(), y.numpy(), center=False)[0])
     score = {"accuracy": accuracy_score, "matthews": matthews_corrcoef}[metric]
     return float(score(labels, outputs.argmax(-1)))
 

@@ -440,23 +440,33 @@ class Given(nn.Module):
         return transformers.modeling_outputs.SequenceClassifierOutput(logits=logits)
 
 
+def scored(logits: torch.Tensor, labels: torch.Tensor, metric: str) -> float:
+    """What `evaluate` says of these logits and labels."""
+    rows = [{"logits": x, "labels": y} for x, y in zip(logits, labels, strict=True)]
+    accelerate = common.accelerator(cpu=True)
+    return common.evaluate(Given(), rows, accelerate, metric=metric, batch_size=16)
+
+
 def test_metrics_are_their_definitions():
     generator = np.random.default_rng(0)
     truth, guess = generator.integers(0, 2, 50), generator.integers(0, 2, 50)
-    logits = torch.eye(2)[torch.from_numpy(guess)]
-    rows = [{"logits": x, "labels": torch.tensor(y)} for x, y in zip(logits, truth, strict=True)]
-    score = lambda rows, metric: common.evaluate(  # noqa: E731
-        Given(), rows, common.accelerator(cpu=True), metric=metric, batch_size=16
-    )
-    assert score(rows, "accuracy") == np.mean(truth == guess)
-    assert abs(score(rows, "matthews") - np.corrcoef(truth, guess)[0, 1]) < 50 * 2e-16
-    values = generator.normal(size=50).astype(np.float32)
-    rows = [
-        {"logits": torch.tensor([v]), "labels": torch.tensor(v + w)}
-        for v, w in zip(values, generator.normal(size=50).astype(np.float32), strict=True)
-    ]
-    truth = [r["labels"].item() for r in rows]
-    assert abs(score(rows, "pearson") - np.corrcoef(values, truth)[0, 1]) < 50 * 1.2e-7
+    logits, labels = torch.eye(2)[torch.from_numpy(guess)], torch.from_numpy(truth)
+    assert scored(logits, labels, "accuracy") == np.mean(truth == guess)
+    expected = np.corrcoef(truth, guess)[0, 1]
+    assert abs(scored(logits, labels, "matthews") - expected) < 50 * 2.2e-16
+    noise, values = generator.normal(size=(2, 50)).astype(np.float32)
+    for slope in (1, 1e-2, 1e-4):  # nearly constant outputs too, in float32
+        logits = torch.from_numpy(2.5 + slope * values)[:, None]
+        labels = torch.from_numpy(values + noise)
+        expected = np.corrcoef(logits[:, 0].double(), labels.double())[0, 1]
+        assert abs(scored(logits, labels, "pearson") - expected) < 50 * 2.2e-16
+
+
+@pytest.mark.parametrize("constant", [0.0, 2.5, 0.1, -1e-3, 1e30])
+def test_the_pearson_correlation_of_a_constant_is_zero(constant):
+    labels = torch.rand(200, generator=torch.Generator().manual_seed(0)) * 5
+    found = scored(torch.full((200, 1), constant), labels, "pearson")
+    assert np.isfinite(found) and abs(found) < 200 * 2.2e-16
 
 
 @pytest.mark.parametrize(
