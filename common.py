@@ -294,9 +294,10 @@ class Results:
         if not file.exists():
             return None
         found = read_json(file)
-        if not (isinstance(found, dict) and isinstance(found.get("result"), dict)):
+        result = found.get("result") if isinstance(found, dict) else None
+        if not (result and isinstance(result, dict)):
             raise ValueError(f"{file} holds no result; delete it, and it will be made again")
-        return found["result"]
+        return result
 
     def put(self, run: Mapping, result: Mapping) -> None:
         """Keep the result of a finished run."""
@@ -316,7 +317,7 @@ def load_task(name_or_folder: str, task: str | None = None):
 
     disable_progress_bars()
     logging.set_verbosity(logging.CRITICAL)
-    folder = Path(name_or_folder)
+    folder = inner = Path(name_or_folder)
     try:
         if folder.is_dir():
             inner = folder / (task or "")
@@ -328,10 +329,11 @@ def load_task(name_or_folder: str, task: str | None = None):
     except Exception as error:  # datasets, pyarrow and hub raise each their own kinds
         if isinstance(error, ValueError) and str(error).startswith("no folder"):
             raise
-        first = str(error).strip().partition("\n")[0]
+        cause = error.__cause__ or error
+        first = str(cause).strip().partition("\n")[0]
         raise ValueError(
-            f"data {name_or_folder!r}: found neither a readable folder of data nor a hub data set"
-            f" ({type(error).__name__}: {first})"
+            f"data {str(inner)!r}: found neither a readable folder of data nor a hub data set"
+            f" ({type(cause).__name__}: {first})"
         ) from error
 
 
@@ -386,17 +388,24 @@ def load_backbone(name_or_folder: str, labels: int) -> nn.Module:
 
 
 def load_tokenizer(name_or_folder: str):
-    """A backbone's tokenizer, as transformers loads it. Raises ValueError if there is none."""
+    """A backbone's tokenizer, as transformers loads it.
+
+    Raises ValueError if there is none, or none that can pad.
+    """
     from transformers import AutoTokenizer, utils
 
     utils.logging.set_verbosity_error()
+    wanted = f"backbone {name_or_folder!r}: wanted a tokenizer beside the model"
     try:
-        return AutoTokenizer.from_pretrained(name_or_folder)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_folder)
     except Exception as error:  # transformers, hub and tokenizers raise each their own kinds
         first = str(error).strip().partition("\n")[0]
-        raise ValueError(
-            f"backbone {name_or_folder!r}: wanted a tokenizer beside the model; found {first}"
-        ) from error
+        raise ValueError(f"{wanted}; found {first}") from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes one of nothing
+        raise ValueError(f"{wanted}; found none")
+    if tokenizer.pad_token is None:
+        raise ValueError(f"{wanted} that has a padding token; found one that has none")
+    return tokenizer
 
 
 def positions_of(model: nn.Module) -> int:
@@ -884,6 +893,8 @@ def check_options(config, least: Mapping[str, int], known: Mapping[str, list[str
         if getattr(config, name) not in choices:
             option = f"--{name.replace('_', '-')}"
             raise ValueError(f"found {option} {getattr(config, name)}; wanted one of {choices}")
+    if config.mixed_precision == "fp16" and not torch.accelerator.is_available():
+        raise ValueError("found --mixed-precision fp16 without a GPU; wanted no or bf16")
     if config.jobs > 1 and torch.distributed.is_initialized():
         raise ValueError(f"found --jobs {config.jobs} under torchrun; wanted 1")
     if config.seeds > TUNING_SEEDS[0]:
@@ -909,9 +920,13 @@ def cores() -> int:
 
 
 def resolved(name_or_folder: str) -> str:
-    """A folder's full path, so that two of one name differ; a hub name as it is."""
+    """A folder's full path and a fingerprint of its files' states; a hub name as it is."""
     folder = Path(name_or_folder)
-    return str(folder.resolve()) if folder.is_dir() else name_or_folder
+    if not folder.is_dir():
+        return name_or_folder
+    files = [(str(f), f.stat()) for f in sorted(folder.resolve().rglob("*")) if f.is_file()]
+    state = fingerprint([(name, about.st_size, about.st_mtime_ns) for name, about in files])
+    return f"{folder.resolve()} {state}"
 
 
 # ---------------------------------------------------------------- tables of runs
@@ -967,6 +982,11 @@ def waves(specs: list[dict]) -> list[list[dict]]:
     return [group for _, group in sorted(groups.items())]
 
 
+def title(spec: dict) -> str:
+    """How messages call a run."""
+    return f"{spec['row']}, {spec['task']}, seed {spec['seed']}"
+
+
 def adapter_folder(folder: Path, spec: dict) -> Path:
     """Where a run that others build on leaves what it trained."""
     return folder / "adapters" / fingerprint(spec)
@@ -1013,20 +1033,28 @@ def fit(
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if "start" in spec:
         start = {**spec["start"], "task": spec["task"], "seed": spec["seed"]}
-        model.load_state_dict(load_file(adapter_folder(folder, start) / "state.safetensors"), False)
+        file = adapter_folder(folder, start) / "state.safetensors"
+        try:
+            model.load_state_dict(load_file(file), False)
+        except (SafetensorError, OSError) as error:
+            remedy = f"delete {folder}, and its runs will be made again"
+            raise ValueError(f"{file} is missing or damaged ({error}); {remedy}") from error
     if spec.get("regauge"):
         for module in modules.values():
             B, A = resora.regauge(module.B.data, module.A.data)
             module.B.data, module.A.data = B, A
-    losses = train(
-        model,
-        data["train"],
-        accelerate,
-        seed=seed + ("start" in spec),
-        collate=data["train"].collate,
-        penalty=penalty,
-        **training,
-    )
+    try:
+        losses = train(
+            model,
+            data["train"],
+            accelerate,
+            seed=seed + ("start" in spec),
+            collate=data["train"].collate,
+            penalty=penalty,
+            **training,
+        )
+    except Diverged as error:
+        raise Diverged(f"{title(spec)}: {error}; lower it with --lr") from error
     result = {"trainable": sum(p.numel() for p in trainable.values()) - head, "losses": losses}
     for split in ("validation", "test"):
         collate = data[split].collate
@@ -1075,7 +1103,6 @@ def finish(specs: list[dict], work: Callable[[dict], dict], results: Results, co
     missing = [spec for wave in waves(specs) for spec in wave if results.get(spec) is None]
     kept = len(specs) - len(missing)
     bar = tqdm(total=len(specs), initial=kept, unit="run", disable=not first())
-    title = lambda spec: f"{spec['row']}, {spec['task']}, seed {spec['seed']}"  # noqa: E731
     if config.jobs == 1:
         for spec in missing:
             bar.set_description_str(title(spec))
