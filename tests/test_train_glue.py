@@ -719,7 +719,7 @@ def test_the_quick_demo_runs_as_a_user_runs_it(tmp_path):
     rows = {r["row"]: r for r in result["rows"]}
     assert len(result["runs"]) == 10 * 6 and next(iter(rows)) == "Full"
     assert rows["Full"]["mean"] > rows["Base"]["mean"]
-    assert rows["Full"]["tasks"]["stsb-like"] > 0.3
+    assert rows["Full"]["tasks"]["stsb-like"] > 0.1
     assert common.as_table(result["rows"]) in done.stdout
     assert out.with_suffix(".png").exists()
     assert result["corpus"]["docstrings"] > 3000
