@@ -409,12 +409,12 @@ def load_tokenizer(name_or_folder: str):
 
 
 def positions_of(model: nn.Module) -> int:
-    """The longest text, in tokens, that a model has positions for."""
+    """The longest text, in tokens, that a model has positions for; without any, no limit."""
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
             before = -1 if module.padding_idx is None else module.padding_idx  # as RoBERTa counts
             return module.num_embeddings - before - 1
-    return model.config.max_position_embeddings
+    return getattr(model.config, "max_position_embeddings", sys.maxsize)
 
 
 def head_of(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -423,12 +423,15 @@ def head_of(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(n, p) for n, p in model.named_parameters() if not n.startswith(prefix)]
 
 
-def targets_of(model: nn.Module) -> list[str]:
+def targets_of(model: nn.Module, every: bool = False) -> list[str]:
     """The last names of the query and value projections, as LoRA's paper adapts them.
 
-    Raises ValueError that lists the Linear layers if the model has neither pair of names.
+    every: the names of all Linear layers of the numbered blocks, as in HRA's Table 2. Raises
+    ValueError that lists the Linear layers if the model has neither pair of names.
     """
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    if every:
+        return [name for name in names if re.search(r"\.\d+\.", name)]
     last = {name.rpartition(".")[2] for name in names}
     for pair in (["query", "value"], ["q_proj", "v_proj"], ["query_proj", "value_proj"]):
         if last.issuperset(pair):
@@ -715,7 +718,10 @@ def evaluate(
     metric: str = "accuracy",
     batch_size: int = 256,
 ) -> float:
-    """`model` on `data` by scikit-learn: "accuracy" (0..1), "matthews" or "pearson" (−1..1)."""
+    """`model` on `data` by scikit-learn: "accuracy" (0..1), "matthews" or "pearson" (−1..1).
+
+    Raises Diverged if an output is not finite.
+    """
     from sklearn.feature_selection import r_regression
     from sklearn.metrics import accuracy_score, matthews_corrcoef
 
@@ -728,6 +734,8 @@ def evaluate(
         outputs.append(pair[0].float().cpu())
         labels.append(pair[1].cpu())
     outputs, labels = torch.cat(outputs), torch.cat(labels)
+    if not torch.isfinite(outputs).all():
+        raise Diverged(f"found a non-finite output among {len(outputs)} after training")
     if metric == "pearson":  # centred before: r_regression subtracts squares, which cancel
         x, y = (v.double().flatten() - v.double().mean() for v in (outputs, labels))
         return float(r_regression(x[:, None].numpy(), y.numpy(), center=False)[0])
@@ -743,7 +751,7 @@ def _peft(model: nn.Module, row: Mapping, seed: int) -> nn.Module:
 
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
     warnings.filterwarnings("ignore", module=r"peft\.tuners\.boft")  # about CUDA, on every run
-    targets, rank = targets_of(model), row["rank"]
+    targets, rank = targets_of(model, row.get("every", False)), row["rank"]
     config = {
         "lora": lambda: peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=targets),
         "pissa": lambda: peft.LoraConfig(
@@ -826,7 +834,8 @@ def build(model: nn.Module, row: Mapping, seed: int, adapters: Iterable[Mapping]
     elif method == "hra":
         strict = row.get("strict", False)
         start = {"strict": strict, "init": "random" if strict else "identity"}
-        modules = hra.adapt(model, targets_of(model), row["rank"], generator=generator, **start)
+        targets = targets_of(model, row.get("every", False))
+        modules = hra.adapt(model, targets, row["rank"], generator=generator, **start)
         if lam := row.get("lam"):
             penalty = lambda _: lam * sum(m.penalty() for m in modules.values())  # noqa: E731
     elif method == "resora":
@@ -1053,12 +1062,16 @@ def fit(
             penalty=penalty,
             **training,
         )
+        scores = {
+            split: evaluate(
+                model, data[split], accelerate, collate=data[split].collate, metric=metric
+            )
+            for split in ("validation", "test")
+        }
     except Diverged as error:
-        raise Diverged(f"{title(spec)}: {error}; lower it with --lr") from error
-    result = {"trainable": sum(p.numel() for p in trainable.values()) - head, "losses": losses}
-    for split in ("validation", "test"):
-        collate = data[split].collate
-        result[split] = evaluate(model, data[split], accelerate, collate=collate, metric=metric)
+        raise Diverged(f"{title(spec)}: {error}; lower its rate with --lr") from error
+    trained = sum(p.numel() for p in trainable.values()) - head
+    result = {"trainable": trained, "losses": losses, **scores}
     if spec["method"] == "lora":
         with replacing(adapter_folder(folder, spec)) as temporary:
             model.save_pretrained(temporary)
@@ -1141,6 +1154,8 @@ def results_of(config, name: str, *scripts, **about) -> Results:
     """
     alike = ("table", "seeds", "lr", "quick", "tune", "jobs", "runs", "out", "components", "rank")
     settings = {k: v for k, v in asdict(config).items() if k not in alike}
+    for key in {"backbone", "data"} - set(about):
+        settings[key] = resolved(settings[key])  # edited files begin anew
     code = code_fingerprint(sys.modules[__name__], eigenlorax, hra, resora, *scripts)
     return Results(config.runs, name, {**settings, **about, "code": code, **environment()})
 
@@ -1266,6 +1281,19 @@ def bars(axes, rows: list[dict]) -> None:
     axes.set_yticks(range(len(rows)), [f"{r['row']}  ({r['trainable']:,})" for r in rows])
     axes.invert_yaxis()
     axes.set_ylabel("method (trained numbers, head apart)")
+
+
+def sweep(axes, data: dict, rows: Mapping[str, str], lora: str) -> None:
+    """HRA's score at each {value: row}, mean ± std over seeds; lines for LoRA, OFT and BOFT."""
+    found = [over_seeds(data, row, "test") for row in rows.values()]
+    means, stds = ([100 * x for x in values] for values in zip(*found, strict=True))
+    axes.errorbar(range(len(rows)), means, stds, fmt="D-", color="0.45", capsize=2, label="HRA")
+    for other, style in {lora: "-.", "OFT": (0, (1, 3)), "BOFT": (0, (5, 5))}.items():
+        height = 100 * over_seeds(data, other, "test")[0]
+        axes.axhline(height, color="black", linewidth=0.8, linestyle=style, label=other)
+    axes.set_xticks(range(len(rows)), rows)
+    axes.set_ylabel("score × 100, mean ± std")
+    axes.legend(frameon=False, fontsize="small")
 
 
 def draw_bars(source: str | Path, label: str, title: str, more: str = "") -> Path:

@@ -3,7 +3,7 @@
 """Language tasks with EigenLoRAx, HRA, ReSoRA and their baselines.
 
     python train_glue.py                        recycle adapters on real English, offline
-    python train_glue.py --quick                the same in a minute: too few steps to learn much
+    python train_glue.py --quick                five of its rows in a minute, trained less
     python train_glue.py --table hra            another table of rows; --help lists them
     python train_glue.py --backbone roberta-base --data nyu-mll/glue
                                                 the setting of EigenLoRAx, Table 2
@@ -23,12 +23,12 @@ inputs and metrics of GLUE's, 0 and 1 as there:
     rte-like    does the second sentence follow (0), or is a "not" in or out?      accuracy
     stsb-like   how much of the first sentence is left in the second, 0 to 5?      Pearson
 
-Two shapes are not what their models test, and four need less than they say: a bag of words of one
-of their texts reaches what full training does in mrpc-, sst2- and qnli-like, and more in rte-like,
-where the second text shows most of the label. From a thousand rows, a model of this size does not
-learn whether two texts belong together: mrpc-like asks for their order instead, and stsb-like
-grades how many words were left out rather than how far apart two modules are. RoBERTa's head reads
-the first token, so that token has to name one of the hidden words while the model is pretrained.
+Two shapes are not what their models test, and four need less than they say: in mrpc-, sst2- and
+qnli-like the words of one text tell about as much as full training learns, and in rte-like those of
+the second text tell most of the label. From a thousand rows, a model of this size does not learn
+whether two texts belong together: mrpc-like asks for their order instead, and stsb-like grades how
+many words were left out rather than how far apart two modules are. RoBERTa's head reads the first
+token, so that token has to name one of the hidden words while the model is pretrained.
 
 With --data, results are on GLUE's validation set, because the test labels are not public. What is
 chosen, such as learning rates by --tune, is chosen on a tenth of the training set. EigenLoRAx's
@@ -36,7 +36,7 @@ authors monitor the reported set while they train; this script never does.
 
 EigenLoRAx is leave-one-out: the principal components of a task come from LoRA adapters of the
 other tasks, written by PEFT to disk and read from there. Finished runs are kept in runs/ under a
-name that changes with the configuration, the code and the versions; the same command continues.
+name that changes with the configuration, data, code and versions; the same command continues.
 Processes share each batch under torchrun --standalone --nproc_per_node 2 train_glue.py
 """
 
@@ -102,7 +102,7 @@ class Config:
     weight_decay: float = -1.0  # of AdamW; -1: the preset's
     mixed_precision: str = "no"  # no, bf16 or fp16
     lr: str = ""  # "ROW=RATE;…" instead of the preset's learning rates
-    quick: bool = False  # one seed, fewer steps
+    quick: bool = False  # one seed, fewer rows of the data and of the table
     tune: bool = False  # choose learning rates on the validation split, instead of testing
     jobs: int = 0  # runs at a time, a thread each; 0: one per core for docs, else one
     runs: str = "runs"  # folder for finished runs
@@ -147,15 +147,15 @@ LEARNING_RATES = {  # rows that name no rate of their own have that of the row t
     "docs": {  # figures/glue_tune.json has what they were chosen from
         "Full": 3e-3,
         "Base": 1e-2,
-        "LoRA r=4": 3e-2,
+        "LoRA r=4": 1e-2,
         "VeRA": 3e-2,
         "PiSSA r=4": 1e-2,
         "EigenLoRAx": 3e-2,
-        "EigenLoRAx-init": 1e-2,
-        "Random subspace": 1e-2,
+        "EigenLoRAx-init": 3e-3,
+        "Random subspace": 3e-2,
         "OFT": 1e-2,
-        "BOFT": 1e-2,
-        "HRA r=8, λ=0": 3e-2,
+        "BOFT": 3e-2,
+        "HRA r=8, λ=0": 1e-2,
         "HRA r=8, λ=∞": 1e-2,
     },
     "few": {  # figures/glue_minilm_tune.json has what they were chosen from
@@ -200,14 +200,12 @@ def complete(config: Config) -> Config:
             " wanted both to be docs, or neither"
         )
     if config.quick:
-        few = {"train": min(config.train or 256, 256), "evaluate": min(config.evaluate or 200, 200)}
+        few = {"train": min(config.train or 400, 400), "evaluate": min(config.evaluate or 200, 200)}
         config = replace(config, seeds=1, **few)
     name = preset(config)
     if name == "paper" and config.table == "hra":  # HRA, Table 5
         config = common.filled(config, {"batch_size": 32})
     config = common.filled(config, {"weight_decay": 0.01, **PRESETS[name]})
-    if config.quick:
-        config = replace(config, epochs=max(1, 2 * config.epochs // 3))
     if not config.jobs:
         config = replace(config, jobs=common.cores() if name == "docs" else 1)
     least = dict.fromkeys(("seeds", "batch_size", "components", "rank", "jobs"), 1)
@@ -249,7 +247,7 @@ def eigenlorax_rows(config: Config) -> list[dict]:
     few = min(2 * rank, total)
     low = dict(components=few, adapters=2)
     wide = rank if docs else 32  # Table 2: LoRA and PiSSA r=32, 1.2M trained numbers
-    return [
+    rows = [
         row("Full", "full"),
         row("Base", "head"),
         *([] if docs else [row("LoRA r=32", "lora", rank=32, rate="LoRA r=8")]),
@@ -262,6 +260,8 @@ def eigenlorax_rows(config: Config) -> list[dict]:
         recycling("EigenLoRAx + random", config, **low, random=total - few),
         row("Random subspace", "eigenlorax", components=total, rank=config.rank),
     ]
+    quick = ("Full", "Base", lora(config)["row"], "EigenLoRAx", "Random subspace")
+    return [r for r in rows if not config.quick or r["row"] in quick]
 
 
 def noise_rows(config: Config) -> list[dict]:
@@ -273,22 +273,26 @@ def noise_rows(config: Config) -> list[dict]:
 def hra_rows(config: Config) -> list[dict]:
     """HRA, Table 2 and Figures 3 and 4: λ at r=8, r at λ=0, beside LoRA, OFT and BOFT.
 
-    All on query and value, as everywhere here; Table 2 has every Linear layer of the encoder.
+    Like the paper's, the preset "paper" adapts every Linear layer of the encoder; other presets,
+    and the table "all", query and value, as in all other rows.
     """
-    timed = preset(config) == "paper" and not config.epochs
-    epochs = {"epochs": HRA_EPOCHS} if timed else {}
-    plain = {"rate": "HRA r=8, λ=0", **epochs}
-    later = {"rate": "HRA r=8, λ=1e-5", "epochs": HRA_PENALISED_EPOCHS} if timed else plain
+    paper = preset(config) == "paper"
+    every = {"every": True} if paper and config.table == "hra" else {}
+    timed = lambda epochs: {"epochs": epochs} if paper and not config.epochs else {}  # noqa: E731
+    plain = {**every, **timed(HRA_EPOCHS)}
+    later = {"rate": "HRA r=8, λ=0", **plain}
     rows = [
-        lora(config),
-        row("OFT", "oft", rank=16, **epochs),
-        row("BOFT", "boft", rank=8, **epochs),
+        {**lora(config), **every},
+        row("OFT", "oft", rank=16, **plain),
+        row("BOFT", "boft", rank=8, **plain),
     ]
-    rows += [row(f"HRA r={r}, λ=0", "hra", rank=r, **plain) for r in (2, 4, 8)]
+    rows += [row(f"HRA r={r}, λ=0", "hra", rank=r, **later) for r in (2, 4, 8)]
+    if paper:
+        later = {"rate": "HRA r=8, λ=1e-5", **every, **timed(HRA_PENALISED_EPOCHS)}
     for lam in (1e-5, 1e-3, 1e-1):
         name = f"HRA r=8, λ={lam:.0e}".replace("e-0", "e-")
         rows.append(row(name, "hra", rank=8, lam=lam, **later))
-    return [*rows, row("HRA r=8, λ=∞", "hra", rank=8, strict=True, **epochs)]
+    return [*rows, row("HRA r=8, λ=∞", "hra", rank=8, strict=True, **plain)]
 
 
 def resora_rows(config: Config) -> list[dict]:
@@ -505,22 +509,22 @@ class Blocks(Dataset):
 
 
 def docs_tokenizer(texts: list[str], length: int):
-    """A tokenizer of 2,000 word pieces in lower case, trained on the texts.
+    """A tokenizer of 2,000 byte-level pieces in lower case, trained on the texts: as RoBERTa's.
 
-    Its trainer breaks ties in another order in each process, so that two backbones made of the
-    same text differ a little: compare rows that share one.
+    Byte pairs have one order; the trainer of word pieces breaks ties anew in each process.
     """
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers.trainers import BpeTrainer
     from transformers import PreTrainedTokenizerFast
 
     special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-    pieces = Tokenizer(models.WordPiece(unk_token="<unk>"))
-    pieces.normalizer = normalizers.BertNormalizer(lowercase=True)
-    pieces.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=2000, special_tokens=special, show_progress=False
-    )
-    pieces.train_from_iterator(texts, trainer)
+    pieces = Tokenizer(models.BPE())
+    pieces.normalizer = normalizers.Lowercase()
+    pieces.pre_tokenizer = pre_tokenizers.ByteLevel()
+    pieces.decoder = decoders.ByteLevel()
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    options = {"special_tokens": special, "initial_alphabet": letters, "show_progress": False}
+    pieces.train_from_iterator(texts, BpeTrainer(vocab_size=2000, **options))
     pieces.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
     names = "bos_token pad_token eos_token unk_token mask_token".split()
     return PreTrainedTokenizerFast(
@@ -723,12 +727,12 @@ def prepare(config: Config) -> tuple[str, common.Results, dict]:
     """The backbone's folder or name, where the runs are kept, and what the text is."""
     for path in filter(None, (config.out, f"{config.runs}/any")):
         common.check_writable(path)
-    backbone, name, about = config.backbone, common.resolved(config.backbone), {}
+    backbone, made, about = config.backbone, {}, {}
     if config.data == "docs":
         torch.set_num_threads(1)  # so small a model is no faster with two; --jobs changes nothing
-        epochs = 3 if config.quick else 14
+        epochs = 2 if config.quick else 14
         backbone = str(docs_backbone(config.runs, epochs, mixed_precision=config.mixed_precision))
-        name = Path(backbone).name
+        made = {"backbone": Path(backbone).name, "data": config.data}
         about = {"corpus": common.read_json(Path(backbone) / "suite.json")["corpus"]}
     else:  # what is wrong with any of it is said before anything is trained
         known = common.load_backbone(backbone, 2).get_input_embeddings().num_embeddings
@@ -741,12 +745,7 @@ def prepare(config: Config) -> tuple[str, common.Results, dict]:
             data = source(config.data, backbone, task)
             for split in ("train", "validation"):
                 checked(data[split], f"{task}, {split}", shape)
-    where = {"backbone": name, "data": common.resolved(config.data)}
-    return (
-        backbone,
-        common.results_of(config, "glue", sys.modules[__name__], **where),
-        about,
-    )
+    return backbone, common.results_of(config, "glue", sys.modules[__name__], **made), about
 
 
 def compare(config: Config) -> None:
@@ -755,7 +754,7 @@ def compare(config: Config) -> None:
     specs = specify(TABLES[config.table](config), config, rates, range(config.seeds))
     backbone, results, about = prepare(config)
     real = config.table == "all" and preset(config) != "docs"
-    figure = "glue_minilm" if real else "glue_docs"
+    figure = "glue_minilm" if real else "glue_hra" if config.table == "hra" else "glue_docs"
     out = Path(config.out or results.folder / f"glue_{config.table}.json")
     runs = finish(specs, config, backbone, results)
     first = [r for r in runs if r["row"] == runs[0]["row"]]  # the texts are those of every row

@@ -503,12 +503,12 @@ def prepare(config: Config) -> tuple[str, common.Results]:
     """The backbone's folder or name, and where the runs of this configuration are kept."""
     for path in filter(None, (config.out, f"{config.runs}/any")):
         common.check_writable(path)
-    backbone, name = config.backbone, common.resolved(config.backbone)
+    backbone, made = config.backbone, {}
     if config.data == "digits":
         torch.set_num_threads(1)  # so small a model is no faster with two; --jobs changes nothing
         backbone = str(digits_backbone(config))
-        name = Path(backbone).name
-    return backbone, common.results_of(config, "vit", sys.modules[__name__], backbone=name)
+        made = {"backbone": Path(backbone).name, "data": config.data}
+    return backbone, common.results_of(config, "vit", sys.modules[__name__], **made)
 
 
 def compare(config: Config) -> None:

@@ -1,7 +1,8 @@
 """Draw glue_minilm.png and .md from glue_minilm.json: EigenLoRAx's and HRA's tables on real GLUE.
 
 python figures/glue_minilm.py [JSON]
-The JSON is written by train_glue.py --table all --out figures/glue_minilm.json.
+The JSON is written by train_glue.py --backbone MINILM --data GLUE --train 320 --evaluate 200
+--mixed-precision bf16 --table all --out figures/glue_minilm.json.
 """
 
 import statistics
@@ -113,17 +114,9 @@ def draw(source: str | Path) -> Path:
     losses.set_title("Convergence: mean over tasks and seeds", fontsize="medium")
     losses.legend(frameon=False, fontsize="small")
 
-    found = [over_seeds(data, f"HRA r=8, λ={value}", "test") for value in LAMBDAS]
-    means, stds = ([100 * x for x in values] for values in zip(*found, strict=True))
-    lambdas.errorbar(range(len(LAMBDAS)), means, stds, fmt="D-", color="0.45", capsize=2)
-    lambdas.lines[0].set_label("HRA r=8")
-    for other, style in {"LoRA r=8": "-.", "OFT": (0, (1, 3)), "BOFT": (0, (5, 5))}.items():
-        height = 100 * over_seeds(data, other, "test")[0]
-        lambdas.axhline(height, color="black", linewidth=0.8, linestyle=style, label=other)
-    lambdas.set_xticks(range(len(LAMBDAS)), LAMBDAS)
-    lambdas.set(xlabel="λ, weight of the penalty", ylabel="score × 100, mean ± std")
-    lambdas.set_title("HRA against λ", fontsize="medium")
-    lambdas.legend(frameon=False, fontsize="small")
+    common.sweep(lambdas, data, {value: f"HRA r=8, λ={value}" for value in LAMBDAS}, "LoRA r=8")
+    lambdas.set_xlabel("λ, weight of the penalty")
+    lambdas.set_title("HRA r=8 against λ", fontsize="medium")
     return common.save_figure(figure, source)
 
 

@@ -236,6 +236,20 @@ def test_targets_are_the_query_and_value_projections(config, wanted):
     assert query.startswith("q") and value.startswith("v")
 
 
+def test_every_target_is_a_linear_layer_of_a_numbered_block():
+    shape = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12)
+    config = transformers.RobertaConfig(**shape, num_attention_heads=12)
+    with torch.device("meta"):
+        model = transformers.AutoModelForSequenceClassification.from_config(config)
+    found = common.targets_of(model, every=True)
+    assert len(found) == 12 * 6 and not any("classifier" in name for name in found)
+    row = dict(method="hra", rank=8, every=True)
+    head = sum(p.numel() for _, p in common.head_of(model))
+    adapted, *_ = common.build(model, row, 0)
+    size = sum(p.numel() for p in adapted.parameters() if p.requires_grad) - head
+    assert size == 663_552  # HRA, Table 2: 0.66M
+
+
 def test_targets_that_match_nothing_list_what_there_is():
     with pytest.raises(ValueError, match=r"found \['0', '2'\] in Sequential"):
         common.targets_of(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)))
@@ -468,6 +482,15 @@ def test_the_pearson_correlation_of_a_constant_is_zero(constant):
     labels = torch.rand(200, generator=torch.Generator().manual_seed(0)) * 5
     found = scored(torch.full((200, 1), constant), labels, "pearson")
     assert np.isfinite(found) and abs(found) < 200 * 2.2e-16
+
+
+def test_outputs_that_are_not_finite_have_no_score():
+    for bad in (torch.nan, torch.inf):
+        logits = torch.eye(2).repeat(20, 1)
+        logits[33, 1] = bad
+        for metric in ("accuracy", "matthews", "pearson"):
+            with pytest.raises(common.Diverged, match="found a non-finite output among 40"):
+                scored(logits, torch.arange(40) % 2, metric)
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,13 @@ def test_the_files_are_those_of_the_layout():
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
 
 
+def test_a_script_run_by_its_path_finds_the_others_or_does_without():
+    for file in (ROOT / "figures").glob("*.py"):
+        text = file.read_text(encoding="utf-8")
+        if "python figures/" in text and re.search("^from figures", text, flags=re.M):
+            assert "sys.path" in text, file.name
+
+
 def test_every_figure_has_its_json_and_script_and_the_reverse():
     files = {Path(f).name for f in tracked() if f.startswith("figures/")}
     for file in files:

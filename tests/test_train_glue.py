@@ -17,7 +17,7 @@ import transformers
 
 import common
 import train_glue
-from figures import glue_docs, glue_minilm
+from figures import glue_docs, glue_hra, glue_minilm
 
 ROOT = Path(__file__).parents[1]
 REAL = os.environ.get("REFERENCE_DATA")
@@ -90,8 +90,14 @@ def test_presets_are_the_papers_unless_the_user_says_otherwise():
     few = config(backbone="x", data="y", train=400)
     assert (few.epochs, few.batch_size, few.weight_decay) == (3, 4, 0.01)
     quick = config(backbone="x", data="y", quick=True)
-    assert train_glue.preset(quick) == "few" and (quick.train, quick.seeds) == (256, 1)
-    assert (quick.epochs, quick.batch_size, quick.length) == (2, few.batch_size, few.length)
+    assert train_glue.preset(quick) == "few" and (quick.train, quick.seeds) == (400, 1)
+    assert (quick.epochs, quick.batch_size, quick.length) == (3, few.batch_size, few.length)
+    names = [r["row"] for r in train_glue.eigenlorax_rows(quick)]
+    assert names == ["Full", "Base", "LoRA r=8", "EigenLoRAx", "Random subspace"]
+    hra = config(backbone="x", data="y", table="hra")
+    assert all(r["every"] for r in train_glue.hra_rows(hra))  # Linear layer, as in Table 2
+    for base in (full, few, config(table="hra"), config(table="all")):
+        assert not any("every" in r for r in train_glue.hra_rows(base))
     for name, base in (("docs", config()), ("few", few), ("paper", full)):
         for table in train_glue.TABLES.values():
             named = {r.get("rate", r["row"]) for r in table(base)}
@@ -210,6 +216,38 @@ def test_names_are_split_into_words(name, words):
     assert train_glue.words_of(name) == words
 
 
+def test_words_of_one_text_say_as_much_as_the_docstring_admits(docs):
+    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
+    suite = train_glue.suite(docs)
+
+    def score(task: str, column: str) -> float:
+        counts = CountVectorizer(ngram_range=(1, 2))
+        train, test = suite[task]["train"], suite[task]["test"]
+        model = make_pipeline(counts, LogisticRegression(max_iter=1000))
+        model.fit(train[column][:800], train["label"][:800])
+        return model.score(test[column], test["label"])
+
+    assert score("rte", "sentence2") > 0.8 and score("rte", "sentence1") < 0.62
+    assert min(score("mrpc", "sentence1"), score("sst2", "sentence")) > 0.65
+    assert score("qnli", "sentence") > 0.65 and score("qnli", "question") < 0.62
+
+
+def test_a_tokenizer_of_the_same_texts_is_the_same(docs):
+    texts = [s for doc in docs for s in doc.sentences]
+    made = [train_glue.docs_tokenizer(texts, 64).backend_tokenizer.to_str() for _ in range(3)]
+    assert made[0] == made[1] == made[2]
+    tokenizer = train_glue.docs_tokenizer(texts, 64)
+    for text in ("return the name of a file.", "naïve (as it is) — and 3.5 % more"):
+        ids = tokenizer(text)["input_ids"]
+        assert tokenizer.decode(ids, skip_special_tokens=True).strip() == text
+        assert tokenizer.unk_token_id not in ids
+    pair = tokenizer("one", "two")["input_ids"]
+    assert (pair[0], pair[-1], pair.count(tokenizer.sep_token_id)) == (0, 2, 3)
+
+
 def test_masked_words_are_words_and_the_rest_is_not_scored(docs):
     tokenizer = train_glue.docs_tokenizer([s for doc in docs for s in doc.sentences], 64)
     assert len(tokenizer) == 2000
@@ -243,7 +281,7 @@ def test_the_embedded_backbone_is_made_once_and_names_its_text(tmp_path, monkeyp
         [train_glue.lora(base)], base, train_glue.LEARNING_RATES["docs"], [0]
     )[1]
     result = train_glue.run(spec, config=base, backbone=backbone, folder=results.folder)
-    assert spec["task"] == "sst2-like" and 0.45 <= result["test"] <= 1
+    assert spec["task"] == "sst2-like" and 0.5 <= result["test"] <= 1
     other = train_glue.docs_backbone(base.runs, 0, cpu=True)
     assert other != train_glue.docs_backbone(base.runs, 0)
     assert result["trainable"] == 2 * 2 * 4 * (64 + 64) and len(result["losses"]) == base.epochs
@@ -312,7 +350,8 @@ def options(glue: Path, tiny: Path, tmp_path: Path, **more) -> train_glue.Config
 
 
 def texts_in(part: common.TextTask) -> list[str]:
-    return [part.tokenizer.decode(ids, skip_special_tokens=True) for ids in part.rows["input_ids"]]
+    texts = part.tokenizer.batch_decode(part.rows["input_ids"], skip_special_tokens=True)
+    return [text.strip() for text in texts]
 
 
 def test_the_reported_set_is_never_used_for_anything_else(glue, tiny, tmp_path):
@@ -438,6 +477,11 @@ def test_a_tokenizer_must_be_the_models(glue, tiny, tmp_path):
     base = options(glue, folder, tmp_path)
     with pytest.raises(ValueError, match=r"found \d+ tokens in its tokenizer; wanted at most \d+"):
         train_glue.prepare(base)
+    tokenizer = common.load_tokenizer(str(tiny))
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ValueError, match="wanted a tokenizer beside the model that has a padding"):
+        train_glue.prepare(base)
     for file in folder.glob("tokenizer*"):
         file.unlink()
     with pytest.raises(ValueError, match="wanted a tokenizer beside the model; found none"):
@@ -484,6 +528,11 @@ def test_positions_are_those_a_text_may_fill():
         with pytest.raises((IndexError, RuntimeError)):
             model(torch.full((1, longest[name] + 1), 5))
     assert longest == {"Bert": 20, "Roberta": 18}
+    relative = transformers.T5Config(
+        d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=9
+    )
+    model = transformers.T5ForSequenceClassification(relative)
+    assert common.positions_of(model) == sys.maxsize
 
 
 # ---------------------------------------------------------------- runs
@@ -605,7 +654,7 @@ def test_an_interrupted_table_continues_and_ends_the_same(shared, monkeypatch):
 def test_a_run_that_diverges_is_an_error_but_for_tuning(shared):
     base, backbone, results = shared
     specs = train_glue.specify([common.row("Full", "full")], base, {"Full": 1e30}, [5])[:1]
-    line = r"^Full, mrpc, seed 5: found loss (nan|inf) in epoch 1 .*; lower it with --lr$"
+    line = r"^Full, mrpc, seed 5: found loss (nan|inf) in epoch 1 .*; lower its rate with --lr$"
     with pytest.raises(common.Diverged, match=line):
         train_glue.finish(specs, base, backbone, results)
     (run,) = train_glue.finish(specs, replace(base, tune=True), backbone, results)
@@ -697,6 +746,12 @@ def test_verdicts_say_what_the_numbers_say(tmp_path):
     setting = {"config": {"backbone": "a/b", "train": 9}}
     (tmp_path / "b.json").write_text(json.dumps({**data, **setting}))
     assert glue_docs.draw(tmp_path / "b.json").exists()
+    for name in ("HRA r=2, λ=0", "HRA r=4, λ=0", "HRA r=8, λ=1e-1"):
+        data["runs"] += [{**r, "row": name} for r in data["runs"] if r["row"] == "OFT"]
+    hra = [r for r in data["rows"] if r["row"] == "LoRA r=8" or "HRA" in r["row"]]
+    (tmp_path / "c.json").write_text(json.dumps({**data, **setting, "rows": hra}))
+    assert glue_hra.draw(tmp_path / "c.json").exists()
+    assert (tmp_path / "c.md").read_text() == common.as_table(hra) + "\n"
 
 
 @pytest.mark.parametrize(("preset", "file"), [("docs", "glue_tune"), ("few", "glue_minilm_tune")])
@@ -717,9 +772,9 @@ def test_the_quick_demo_runs_as_a_user_runs_it(tmp_path):
     (out,) = tmp_path.rglob("glue_eigenlorax.json")
     result = json.loads(out.read_text())
     rows = {r["row"]: r for r in result["rows"]}
-    assert len(result["runs"]) == 10 * 6 and next(iter(rows)) == "Full"
-    assert rows["Full"]["mean"] > rows["Base"]["mean"]
-    assert rows["Full"]["tasks"]["stsb-like"] > 0.1
+    assert len(result["runs"]) == 5 * 6 and next(iter(rows)) == "Full"
+    assert rows["Full"]["mean"] > rows["Base"]["mean"] + 0.04  # 0.11 to 0.17 with four backbones
+    assert rows["Full"]["tasks"]["sst2-like"] > 0.55  # 0.66 to 0.72
     assert common.as_table(result["rows"]) in done.stdout
     assert out.with_suffix(".png").exists()
     assert result["corpus"]["docstrings"] > 3000

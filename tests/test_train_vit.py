@@ -115,6 +115,21 @@ def test_backbones_of_one_name_in_two_folders_do_not_share_results(tmp_path):
     assert len(keys) == 2
 
 
+def test_edited_data_and_backbones_begin_anew(tmp_path):
+    seen = []
+    for kind in ("backbone", "data"):
+        (tmp_path / kind).mkdir()
+    wanted = config(
+        **{k: str(tmp_path / k) for k in ("backbone", "data")}, runs=str(tmp_path / "r")
+    )
+    for change in ("backbone", "data", None):
+        seen.append(train_vit.prepare(wanted)[1].folder)
+        if change:
+            (tmp_path / change / "file").write_text("edited")
+    assert len(set(seen)) == 3
+    assert train_vit.prepare(wanted)[1].folder == seen[-1]
+
+
 def test_a_run_killed_between_its_adapter_and_its_result_is_made_again(shared):
     results, backbone, base = shared
     spec = train_vit.specify([train_vit.LORA], base, train_vit.rates_of(base), [0])[0]
