@@ -13,8 +13,8 @@
 The embedded default needs no download. Its text is the docstrings of the Python that runs, parsed
 from the source files and never imported; versions differ by some per cent, so results name the
 version and a hash of the text. Modules are split into those for training, validation and testing. A
-small RoBERTa learns the training modules' text by masked language modelling; the tasks have the
-inputs and metrics of GLUE's, 0 and 1 as there:
+small RoBERTa, one for each seed, learns the training modules' text by masked language modelling;
+the tasks have the inputs and metrics of GLUE's, 0 and 1 as there:
 
     mrpc-like   two sentences of one docstring: in their order (1), or swapped?    accuracy
     sst2-like   is the sentence about a function (0), or a class or module (1)?    accuracy
@@ -23,12 +23,12 @@ inputs and metrics of GLUE's, 0 and 1 as there:
     rte-like    does the second sentence follow (0), or is a "not" in or out?      accuracy
     stsb-like   how much of the first sentence is left in the second, 0 to 5?      Pearson
 
-Two shapes are not what their models test, and four need less than they say: in mrpc-, sst2- and
-qnli-like the words of one text tell about as much as full training learns, and in rte-like those of
-the second text tell most of the label. From a thousand rows, a model of this size does not learn
-whether two texts belong together: mrpc-like asks for their order instead, and stsb-like grades how
-many words were left out rather than how far apart two modules are. RoBERTa's head reads the first
-token, so that token has to name one of the hidden words while the model is pretrained.
+Two shapes are not what their models test, and four need less than they say: the words of one text
+tell as much as full training learns, or more, in mrpc-, sst2- and qnli-like, and so do those of the
+second text in rte-like. From a thousand rows, a model of this size does not learn whether two texts
+belong together: mrpc-like asks for their order instead, and stsb-like grades how many words were
+left out rather than how far apart two modules are. RoBERTa's head reads the first token, so that
+token has to name one of the hidden words while the model is pretrained.
 
 With --data, results are on GLUE's validation set, because the test labels are not public. What is
 chosen, such as learning rates by --tune, is chosen on a tenth of the training set. EigenLoRAx's
@@ -146,12 +146,12 @@ HRA_PENALISED = by_task(1e-3, 2e-3, 2e-3, 2e-3, 1e-3, 9e-4)  # Table 5, λ > 0
 LEARNING_RATES = {  # rows that name no rate of their own have that of the row they vary
     "docs": {  # figures/glue_tune.json has what they were chosen from
         "Full": 3e-3,
-        "Base": 1e-2,
+        "Base": 3e-3,
         "LoRA r=4": 1e-2,
         "VeRA": 3e-2,
         "PiSSA r=4": 1e-2,
         "EigenLoRAx": 3e-2,
-        "EigenLoRAx-init": 3e-3,
+        "EigenLoRAx-init": 1e-2,
         "Random subspace": 3e-2,
         "OFT": 1e-2,
         "BOFT": 3e-2,
@@ -552,29 +552,13 @@ def look_near(model: nn.Module) -> None:
             key.weight.copy_(query.weight)
 
 
-def docs_backbone(runs: str | Path, epochs: int, **options) -> Path:
-    """The folder in `runs` of a small RoBERTa, its tokenizer and suite.json; made where missing.
-
-    epochs: passes over the text; options: of `common.accelerator`. suite.json holds `suite` as
-    "tasks" and, as "corpus", the version of Python and the size and hash of the text.
-    """
+def pretrain(
+    spec: dict, docs: list[Doc], folder: Path, mixed_precision: str, recipe: Mapping
+) -> dict:
+    """Put a small RoBERTa, pretrained with spec["seed"], and its tokenizer in `folder`/SEED."""
     from transformers import RobertaPreLayerNormConfig, RobertaPreLayerNormForMaskedLM, set_seed
 
-    recipe = dict(epochs=epochs, batch_size=32, lr=4e-3, weight_decay=0.01)
-    gc.freeze()  # else the collector looks at all of torch while parsing: 2 of 5 seconds
-    docs = docstrings(Path(sysconfig.get_path("stdlib")))
-    corpus = {
-        "python": sys.version.split()[0],
-        "docstrings": len(docs),
-        "sentences": sum(len(doc.sentences) for doc in docs),
-        "hash": common.fingerprint(docs),
-    }
-    code = common.code_fingerprint(common, sys.modules[__name__])
-    made_by = [recipe, corpus, code, options, common.environment()]
-    folder = Path(runs) / f"docs-roberta-{common.fingerprint(made_by)}"
-    if folder.exists():
-        return folder
-    set_seed(0)
+    set_seed(spec["seed"])
     read = [doc for doc in docs if split_of(doc.module) == "train"]
     tokenizer = docs_tokenizer([s for doc in read for s in doc.sentences], LENGTH)
     model = RobertaPreLayerNormForMaskedLM(
@@ -593,21 +577,47 @@ def docs_backbone(runs: str | Path, epochs: int, **options) -> Path:
     )
     look_near(model)
     data = Blocks(read, tokenizer, LENGTH // 2)  # the tasks' texts are short
-    common.train(
+    losses = common.train(
         Masked(model),
         data,
-        common.accelerator(**options),
-        seed=0,
+        common.accelerator(mixed_precision=mixed_precision),
+        seed=spec["seed"],
         collate=data.collate,
         describe="pretraining on docstrings",
         **recipe,
     )
-    with common.replacing(folder) as temporary:
+    with common.replacing(folder / str(spec["seed"])) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        common.write_json(temporary / "suite.json", {"corpus": corpus, "tasks": suite(docs)})
-    common.meet()
-    return folder
+    return {"losses": losses}
+
+
+def docs_backbones(config: Config) -> Path:
+    """A folder in config.runs: suite.json, and a backbone for each seed; made where missing.
+
+    suite.json holds `suite` as "tasks" and, as "corpus", the version of Python and the size and
+    hash of the text.
+    """
+    recipe = {"epochs": 2 if config.quick else 10, "batch_size": 32, "lr": 4e-3}
+    gc.freeze()  # else the collector looks at all of torch while parsing: 2 of 5 seconds
+    docs = docstrings(Path(sysconfig.get_path("stdlib")))
+    corpus = {
+        "python": sys.version.split()[0],
+        "docstrings": len(docs),
+        "sentences": sum(len(doc.sentences) for doc in docs),
+        "hash": common.fingerprint(docs),
+    }
+    made_by = {"recipe": recipe, "corpus": corpus, "mixed_precision": config.mixed_precision}
+    code = common.code_fingerprint(common, sys.modules[__name__])
+    about = {**made_by, "code": code, **common.environment()}
+    results = common.Results(config.runs, "docs-roberta", about)
+    common.write_json(results.folder / "suite.json", {"corpus": corpus, "tasks": suite(docs)})
+    seeds = common.TUNING_SEEDS if config.tune else range(config.seeds)
+    specs = [{"row": "backbone", "task": "docstrings", "seed": seed} for seed in seeds]
+    made = dict(docs=docs, folder=results.folder, recipe=recipe)
+    work = functools.partial(pretrain, mixed_precision=config.mixed_precision, **made)
+    common.finish(specs, work, results, config)
+    return results.folder
 
 
 # ---------------------------------------------------------------- data
@@ -693,8 +703,9 @@ def run(spec: dict, config: Config, backbone: str, folder: Path) -> dict:
     shape = TASKS[task.removesuffix("-like")]
     seed = 1000 * spec["seed"] + names.index(task)
     set_seed(seed)  # of the head
-    model = common.load_backbone(backbone, shape.classes)
-    tokenizer = common.load_tokenizer(backbone)
+    pretrained = f"{backbone}/{spec['seed']}" if config.data == "docs" else backbone
+    model = common.load_backbone(pretrained, shape.classes)
+    tokenizer = common.load_tokenizer(pretrained)
     length = min(config.length, common.positions_of(model))
     data = load(config, backbone, task, spec["seed"], tokenizer, length)
     of_task = lambda value: value[task] if isinstance(value, Mapping) else value  # noqa: E731
@@ -724,14 +735,13 @@ def finish(specs: list[dict], config: Config, backbone: str, results: common.Res
 
 
 def prepare(config: Config) -> tuple[str, common.Results, dict]:
-    """The backbone's folder or name, where the runs are kept, and what the text is."""
+    """The backbones' folder or name, where the runs are kept, and what the text is."""
     for path in filter(None, (config.out, f"{config.runs}/any")):
         common.check_writable(path)
     backbone, made, about = config.backbone, {}, {}
     if config.data == "docs":
         torch.set_num_threads(1)  # so small a model is no faster with two; --jobs changes nothing
-        epochs = 2 if config.quick else 14
-        backbone = str(docs_backbone(config.runs, epochs, mixed_precision=config.mixed_precision))
+        backbone = str(docs_backbones(config))
         made = {"backbone": Path(backbone).name, "data": config.data}
         about = {"corpus": common.read_json(Path(backbone) / "suite.json")["corpus"]}
     else:  # what is wrong with any of it is said before anything is trained

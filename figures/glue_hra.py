@@ -1,7 +1,7 @@
 """Draw glue_hra.png and .md from glue_hra.json: HRA on language tasks, against λ and against r.
 
 python figures/glue_hra.py [JSON]
-The JSON is written by train_glue.py --table hra --seeds 3 --out figures/glue_hra.json. The paper's
+The JSON is written by train_glue.py --table hra --seeds 5 --out figures/glue_hra.json. The paper's
 Figures 3 and 4 are of MRPC, with DeBERTa-v3-base and every Linear layer.
 """
 

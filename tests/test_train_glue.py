@@ -274,16 +274,20 @@ def test_the_embedded_backbone_is_made_once_and_names_its_text(tmp_path, monkeyp
     assert about["corpus"]["docstrings"] == len(docs[::2])
     assert about["corpus"]["hash"] == common.fingerprint(docs[::2])
     assert Path(backbone).name == results.config["backbone"]
-    before = (Path(backbone) / "model.safetensors").stat().st_mtime_ns
-    assert train_glue.prepare(base)[0] == backbone
-    assert (Path(backbone) / "model.safetensors").stat().st_mtime_ns == before
-    spec = train_glue.specify(
-        [train_glue.lora(base)], base, train_glue.LEARNING_RATES["docs"], [0]
-    )[1]
-    result = train_glue.run(spec, config=base, backbone=backbone, folder=results.folder)
-    assert spec["task"] == "sst2-like" and 0.5 <= result["test"] <= 1
-    other = train_glue.docs_backbone(base.runs, 0, cpu=True)
-    assert other != train_glue.docs_backbone(base.runs, 0)
+    model = Path(backbone) / "0" / "model.safetensors"
+    before, weights = model.stat().st_mtime_ns, model.read_bytes()
+    assert train_glue.prepare(replace(base, seeds=2))[0] == backbone
+    assert model.stat().st_mtime_ns == before
+    assert (Path(backbone) / "1" / "model.safetensors").read_bytes() != weights
+    again = train_glue.prepare(replace(base, runs=str(tmp_path / "again")))[0]
+    assert (Path(again) / "0" / "model.safetensors").read_bytes() == weights
+    specs = train_glue.specify(
+        [train_glue.lora(base)], base, train_glue.LEARNING_RATES["docs"], [0, 1]
+    )
+    specs = [spec for spec in specs if spec["task"] == "sst2-like"]
+    result, other = train_glue.finish(specs, base, backbone, results)
+    assert 0.5 <= result["test"] <= 1 and result["losses"] != other["losses"]
+    assert train_glue.prepare(replace(base, mixed_precision="bf16", seeds=0))[0] != backbone
     assert result["trainable"] == 2 * 2 * 4 * (64 + 64) and len(result["losses"]) == base.epochs
 
 
