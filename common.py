@@ -933,7 +933,9 @@ def resolved(name_or_folder: str) -> str:
     folder = Path(name_or_folder)
     if not folder.is_dir():
         return name_or_folder
-    files = [(str(f), f.stat()) for f in sorted(folder.resolve().rglob("*")) if f.is_file()]
+    inner = os.walk(folder.resolve(), followlinks=True)
+    found = sorted(Path(parent, name) for parent, _, names in inner for name in names)
+    files = [(str(f), f.stat()) for f in found if f.is_file()]
     state = fingerprint([(name, about.st_size, about.st_mtime_ns) for name, about in files])
     return f"{folder.resolve()} {state}"
 
@@ -1150,11 +1152,16 @@ def finish(specs: list[dict], work: Callable[[dict], dict], results: Results, co
 def results_of(config, name: str, *scripts, **about) -> Results:
     """Where the runs of a configuration are kept, by all that they depend on.
 
-    scripts: the modules that make them; about: what stands in for, or adds to, options.
+    scripts: the modules that make them; about: what stands in for, or adds to, options. Raises
+    ValueError for results in the folder of the data or the backbone, which they would edit.
     """
     alike = ("table", "seeds", "lr", "quick", "tune", "jobs", "runs", "out", "components", "rank")
     settings = {k: v for k, v in asdict(config).items() if k not in alike}
-    for key in {"backbone", "data"} - set(about):
+    for key in sorted({"backbone", "data"} - set(about)):
+        folder = Path(settings[key])
+        for path in filter(None, (config.runs, config.out)):
+            if folder.is_dir() and Path(path).resolve().is_relative_to(folder.resolve()):
+                raise ValueError(f"found {path} in --{key} {folder}; wanted results elsewhere")
         settings[key] = resolved(settings[key])  # edited files begin anew
     code = code_fingerprint(sys.modules[__name__], eigenlorax, hra, resora, *scripts)
     return Results(config.runs, name, {**settings, **about, "code": code, **environment()})

@@ -106,7 +106,7 @@ class Config:
     tune: bool = False  # choose learning rates on the validation split, instead of testing
     jobs: int = 0  # runs at a time, a thread each; 0: one per core for docs, else one
     runs: str = "runs"  # folder for finished runs
-    out: str = ""  # JSON file for the results; beside it goes the figure
+    out: str = ""  # JSON file for the results; the figure and its .md go beside it
 
 
 PRESETS = {  # docs, and few (with --train): chosen here; paper: EigenLoRAx, Tables 10 and 11
@@ -213,6 +213,8 @@ def complete(config: Config) -> Config:
     common.check_options(config, least, {"table": list(TABLES)})
     rank = ADAPTER_RANK[name]
     common.check_components(config.components, rank, len(TASKS) - 1)
+    if config.evaluate == 1:
+        raise ValueError("found --evaluate 1; wanted 2 or more: one row has no correlation")
     if config.table in ("eigenlorax", "all") and config.components <= 2 * rank:
         raise ValueError(  # EigenLoRAx-AUG would have nothing to add
             f"found --components {config.components}; wanted more than {2 * rank},"
@@ -433,8 +435,8 @@ ROWS = {"train": 2000, "validation": 200, "test": 400}
 def suite(docs: list[Doc]) -> dict[str, dict[str, dict[str, list]]]:
     """{task: {split: {column: values}}}, of sentences of at most 20 words.
 
-    A sentence that an earlier split has is left out. Raises ValueError if there are too few
-    docstrings for a task.
+    A sentence that an earlier split has, letter for letter, is left out. Raises ValueError if
+    there are too few docstrings for a task.
     """
     seen, parts = set(), {}
     for split in ROWS:
@@ -596,7 +598,7 @@ def docs_backbones(config: Config) -> Path:
     """A folder in config.runs: suite.json, and a backbone for each seed; made where missing.
 
     suite.json holds `suite` as "tasks" and, as "corpus", the version of Python and the size and
-    hash of the text.
+    hash of the text. Raises ValueError if a backbone was made and is gone.
     """
     recipe = {"epochs": 2 if config.quick else 10, "batch_size": 32, "lr": 4e-3}
     gc.freeze()  # else the collector looks at all of torch while parsing: 2 of 5 seconds
@@ -616,7 +618,13 @@ def docs_backbones(config: Config) -> Path:
     specs = [{"row": "backbone", "task": "docstrings", "seed": seed} for seed in seeds]
     made = dict(docs=docs, folder=results.folder, recipe=recipe)
     work = functools.partial(pretrain, mixed_precision=config.mixed_precision, **made)
-    common.finish(specs, work, results, config)
+    common.finish(specs, work, results, replace(config, tune=False))
+    for seed in seeds:
+        if not (results.folder / str(seed)).is_dir():
+            raise ValueError(
+                f"found no {results.folder / str(seed)}; wanted a backbone: delete"
+                f" {results.folder}, and it will be made again"
+            )
     return results.folder
 
 
@@ -653,7 +661,7 @@ def load(config: Config, backbone: str, task: str, seed: int, tokenizer, length:
     some = slice(config.evaluate or None)
     rest, held = fixed(data["train"]), None
     if config.data != "docs":
-        tenth = max(1, len(rest) // 10)
+        tenth = max(2, len(rest) // 10)  # one row has no correlation
         held, rest = rest[:tenth][some], rest[tenth:]
     drawn = rest[torch.randperm(len(rest), generator=torch.Generator().manual_seed(seed))]
     rows = {"train": data["train"].select(drawn[: config.train or None])}
@@ -745,11 +753,16 @@ def prepare(config: Config) -> tuple[str, common.Results, dict]:
         made = {"backbone": Path(backbone).name, "data": config.data}
         about = {"corpus": common.read_json(Path(backbone) / "suite.json")["corpus"]}
     else:  # what is wrong with any of it is said before anything is trained
-        known = common.load_backbone(backbone, 2).get_input_embeddings().num_embeddings
-        if (found := len(common.load_tokenizer(backbone))) > known:
+        model = common.load_backbone(backbone, 2)
+        words, kind = model.get_input_embeddings(), type(model).__name__
+        if not isinstance(words, nn.Embedding):
+            raise ValueError(f"backbone {backbone!r}: found {kind}; wanted a model of text")
+        if model.config.pad_token_id is None:
+            raise ValueError(f"backbone {backbone!r}: found no pad_token_id; {kind} wants one")
+        if (found := len(common.load_tokenizer(backbone))) > words.num_embeddings:
             raise ValueError(
                 f"backbone {backbone!r}: found {found} tokens in its tokenizer; wanted at most"
-                f" {known}, those of the model"
+                f" {words.num_embeddings}, those of the model"
             )
         for task, shape in TASKS.items():
             data = source(config.data, backbone, task)

@@ -67,7 +67,7 @@ class Config:
     tune: bool = False  # choose learning rates on the validation split, instead of testing
     jobs: int = 0  # runs at a time, a thread each; 0: one per core for digits, else one
     runs: str = "runs"  # folder for finished runs
-    out: str = ""  # JSON file for the results; beside it goes the figure
+    out: str = ""  # JSON file for the results; the figure and its .md go beside it
 
 
 PRESETS = {  # digits: chosen here, learning rates by --tune; paper: EigenLoRAx, Tables 5 and 6

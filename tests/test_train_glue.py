@@ -48,6 +48,7 @@ def command(monkeypatch, *arguments: str) -> str:
         (["--epochs", "-3"], "found --epochs -3; wanted 1 or more"),
         (["--train", "-1"], "found --train -1; wanted 0 or more"),
         (["--length", "2"], "found --length 2; wanted 8 or more"),
+        (["--evaluate", "1"], "found --evaluate 1; wanted 2 or more: one row has no correlation"),
         (["--table", "nine"], "found --table nine; wanted one of ['eigenlorax'"),
         (["--components", "21"], "found --components 21; wanted at most 20, the directions of 5"),
         (["--components", "8"], "found --components 8; wanted more than 8, the directions of two"),
@@ -279,16 +280,27 @@ def test_the_embedded_backbone_is_made_once_and_names_its_text(tmp_path, monkeyp
     assert train_glue.prepare(replace(base, seeds=2))[0] == backbone
     assert model.stat().st_mtime_ns == before
     assert (Path(backbone) / "1" / "model.safetensors").read_bytes() != weights
+    untrained = {"epochs": 0, "batch_size": 32, "lr": 1e-3}
+    for seed in (0, 1):
+        train_glue.pretrain({"seed": seed}, docs[::2], tmp_path / "start", "no", untrained)
+    start = [(tmp_path / "start" / s / "model.safetensors").read_bytes() for s in "01"]
+    assert start[0] != start[1]
     again = train_glue.prepare(replace(base, runs=str(tmp_path / "again")))[0]
     assert (Path(again) / "0" / "model.safetensors").read_bytes() == weights
     specs = train_glue.specify(
         [train_glue.lora(base)], base, train_glue.LEARNING_RATES["docs"], [0, 1]
     )
     specs = [spec for spec in specs if spec["task"] == "sst2-like"]
+    opened, load = [], common.load_backbone
+    monkeypatch.setattr(common, "load_backbone", lambda f, n: opened.append(f) or load(f, n))
     result, other = train_glue.finish(specs, base, backbone, results)
+    assert opened == [f"{backbone}/0", f"{backbone}/1"]
     assert 0.5 <= result["test"] <= 1 and result["losses"] != other["losses"]
     assert train_glue.prepare(replace(base, mixed_precision="bf16", seeds=0))[0] != backbone
     assert result["trainable"] == 2 * 2 * 4 * (64 + 64) and len(result["losses"]) == base.epochs
+    shutil.rmtree(model.parent)
+    with pytest.raises(ValueError, match=f"found no {model.parent}; wanted a backbone: delete"):
+        train_glue.prepare(base)
 
 
 # ---------------------------------------------------------------- GLUE's layout
@@ -461,6 +473,40 @@ def test_what_is_wrong_with_any_task_is_said_before_a_run(glue, tiny, tmp_path):
     (data / "stsb" / "train.parquet").touch()
     train_glue.source.cache_clear()
     assert train_glue.prepare(base)[1].folder != before  # edited data begin anew
+
+
+def test_results_do_not_go_into_what_they_depend_on(glue, tiny, tmp_path):
+    for inside in ({"runs": str(glue / "runs")}, {"out": str(tiny / "a.json")}):
+        base = replace(options(glue, tiny, tmp_path), **inside)
+        with pytest.raises(ValueError, match=r"found .* in --(data|backbone) .*; wanted results"):
+            train_glue.prepare(base)
+        shutil.rmtree(glue / "runs", ignore_errors=True)
+
+
+def test_an_edited_file_of_a_linked_folder_counts(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "rte").symlink_to(tmp_path / "real")
+    before = common.resolved(str(tmp_path / "data"))
+    (tmp_path / "real" / "train.parquet").write_text("edited")
+    assert common.resolved(str(tmp_path / "data")) != before
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        ("ViT", "found ViTForImageClassification; wanted a model of text"),
+        ("Llama", "found no pad_token_id; LlamaForSequenceClassification wants one"),
+    ],
+)
+def test_a_backbone_must_be_of_text_and_pad(glue, tiny, tmp_path, made, message):
+    sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    shape = dict(vocab_size=2000) if made == "Llama" else dict(image_size=4, patch_size=2)
+    config = getattr(transformers, f"{made}Config")(**sizes, **shape)
+    getattr(transformers, f"{made}Model")(config).save_pretrained(tmp_path / "model")
+    common.load_tokenizer(str(tiny)).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=message):
+        train_glue.prepare(options(glue, tmp_path / "model", tmp_path / "runs"))
 
 
 def test_a_column_missing_in_one_split_only_is_an_error_with_its_cause(glue, tiny, tmp_path):
