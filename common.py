@@ -9,6 +9,7 @@ import argparse
 import ast
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -116,6 +117,21 @@ def check_writable(path: str | Path) -> None:
         raise OSError(f"cannot write {path}: found a folder; wanted the name of a file")
     with suppress(FileNotFoundError), replacing(path):
         pass  # nothing was written, so nothing takes its place
+
+
+def check_places(config, embedded: bool) -> None:
+    """Raises an error if results cannot be written where `config` says.
+
+    OSError as `check_writable`; ValueError for a place in the folder of the data or the backbone,
+    which results would edit, unless both are `embedded` in the script.
+    """
+    places = [path for path in (config.out, config.runs) if path]
+    for path, key in itertools.product(places, () if embedded else ("backbone", "data")):
+        folder = Path(getattr(config, key)).resolve()
+        if folder.is_dir() and Path(path).resolve().is_relative_to(folder):
+            raise ValueError(f"found {path} in --{key} {folder}; wanted results elsewhere")
+    for path in filter(None, (config.out, f"{config.runs}/any")):
+        check_writable(path)
 
 
 def write_json(path: str | Path, value) -> None:
@@ -375,7 +391,8 @@ def load_backbone(name_or_folder: str, labels: int) -> nn.Module:
     for name, p in head_of(model):  # a fresh head, whatever the checkpoint had
         owner = model.get_submodule(name.rpartition(".")[0])
         if isinstance(owner, nn.Linear):
-            nn.init.normal_(p, std=config.initializer_range) if p.dim() > 1 else nn.init.zeros_(p)
+            std = getattr(config, "initializer_range", 0.02)  # T5 has none; BERT's otherwise
+            nn.init.normal_(p, std=std) if p.dim() > 1 else nn.init.zeros_(p)
     if missing:
         raise ValueError(f"backbone {name_or_folder!r}: found no weights for {missing[:3]}")
     shapes = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
@@ -409,12 +426,12 @@ def load_tokenizer(name_or_folder: str):
 
 
 def positions_of(model: nn.Module) -> int:
-    """The longest text, in tokens, that a model has positions for; without any, no limit."""
+    """The longest text, in tokens, that a model has positions for."""
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
             before = -1 if module.padding_idx is None else module.padding_idx  # as RoBERTa counts
             return module.num_embeddings - before - 1
-    return getattr(model.config, "max_position_embeddings", sys.maxsize)
+    return model.config.max_position_embeddings
 
 
 def head_of(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -1152,16 +1169,11 @@ def finish(specs: list[dict], work: Callable[[dict], dict], results: Results, co
 def results_of(config, name: str, *scripts, **about) -> Results:
     """Where the runs of a configuration are kept, by all that they depend on.
 
-    scripts: the modules that make them; about: what stands in for, or adds to, options. Raises
-    ValueError for results in the folder of the data or the backbone, which they would edit.
+    scripts: the modules that make them; about: what stands in for, or adds to, options.
     """
     alike = ("table", "seeds", "lr", "quick", "tune", "jobs", "runs", "out", "components", "rank")
     settings = {k: v for k, v in asdict(config).items() if k not in alike}
     for key in sorted({"backbone", "data"} - set(about)):
-        folder = Path(settings[key])
-        for path in filter(None, (config.runs, config.out)):
-            if folder.is_dir() and Path(path).resolve().is_relative_to(folder.resolve()):
-                raise ValueError(f"found {path} in --{key} {folder}; wanted results elsewhere")
         settings[key] = resolved(settings[key])  # edited files begin anew
     code = code_fingerprint(sys.modules[__name__], eigenlorax, hra, resora, *scripts)
     return Results(config.runs, name, {**settings, **about, "code": code, **environment()})

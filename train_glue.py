@@ -201,7 +201,7 @@ def complete(config: Config) -> Config:
         )
     if config.quick:
         few = {"train": min(config.train or 400, 400), "evaluate": min(config.evaluate or 200, 200)}
-        config = replace(config, seeds=1, **few)
+        config = replace(config, seeds=config.seeds or 1, **few)
     name = preset(config)
     if name == "paper" and config.table == "hra":  # HRA, Table 5
         config = common.filled(config, {"batch_size": 32})
@@ -263,7 +263,8 @@ def eigenlorax_rows(config: Config) -> list[dict]:
         row("Random subspace", "eigenlorax", components=total, rank=config.rank),
     ]
     quick = ("Full", "Base", lora(config)["row"], "EigenLoRAx", "Random subspace")
-    return [r for r in rows if not config.quick or r["row"] in quick]
+    some = config.quick and config.table == "eigenlorax"
+    return [r for r in rows if not some or r["row"] in quick]
 
 
 def noise_rows(config: Config) -> list[dict]:
@@ -744,8 +745,7 @@ def finish(specs: list[dict], config: Config, backbone: str, results: common.Res
 
 def prepare(config: Config) -> tuple[str, common.Results, dict]:
     """The backbones' folder or name, where the runs are kept, and what the text is."""
-    for path in filter(None, (config.out, f"{config.runs}/any")):
-        common.check_writable(path)
+    common.check_places(config, embedded=config.data == "docs")
     backbone, made, about = config.backbone, {}, {}
     if config.data == "docs":
         torch.set_num_threads(1)  # so small a model is no faster with two; --jobs changes nothing
@@ -764,6 +764,7 @@ def prepare(config: Config) -> tuple[str, common.Results, dict]:
                 f"backbone {backbone!r}: found {found} tokens in its tokenizer; wanted at most"
                 f" {words.num_embeddings}, those of the model"
             )
+        common.targets_of(model)  # which every table needs
         for task, shape in TASKS.items():
             data = source(config.data, backbone, task)
             for split in ("train", "validation"):

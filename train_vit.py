@@ -121,9 +121,10 @@ def complete(config: Config) -> Config:
             f"found --backbone {config.backbone} with --data {config.data};"
             " wanted both to be digits, or neither"
         )
-    config = common.filled(config, PRESETS[preset(config)])
+    some = {"seeds": 1} if config.quick else {}
+    config = common.filled(config, {**PRESETS[preset(config)], **some})
     if config.quick:
-        config = replace(config, seeds=1, epochs=max(1, config.epochs // 3))
+        config = replace(config, epochs=max(1, config.epochs // 3))
     if not config.jobs:
         config = replace(config, jobs=common.cores() if preset(config) == "digits" else 1)
     least = dict.fromkeys(("seeds", "epochs", "batch_size", "components", "rank", "jobs"), 1)
@@ -501,8 +502,7 @@ def finish(specs: list[dict], config: Config, backbone: str, results: common.Res
 
 def prepare(config: Config) -> tuple[str, common.Results]:
     """The backbone's folder or name, and where the runs of this configuration are kept."""
-    for path in filter(None, (config.out, f"{config.runs}/any")):
-        common.check_writable(path)
+    common.check_places(config, embedded=config.data == "digits")
     backbone, made = config.backbone, {}
     if config.data == "digits":
         torch.set_num_threads(1)  # so small a model is no faster with two; --jobs changes nothing

@@ -2,7 +2,7 @@
 
 python figures/glue_hra.py [JSON]
 The JSON is written by train_glue.py --table hra --seeds 5 --out figures/glue_hra.json. The paper's
-Figures 3 and 4 are of MRPC, with DeBERTa-v3-base and every Linear layer.
+Figure 3 is MRPC against λ, with DeBERTa-v3-base and every Linear layer; Figure 4 has LLaMA2-7B.
 """
 
 import sys

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -95,6 +96,9 @@ def test_presets_are_the_papers_unless_the_user_says_otherwise():
     assert (quick.epochs, quick.batch_size, quick.length) == (3, few.batch_size, few.length)
     names = [r["row"] for r in train_glue.eigenlorax_rows(quick)]
     assert names == ["Full", "Base", "LoRA r=8", "EigenLoRAx", "Random subspace"]
+    every = {r["row"] for r in train_glue.all_rows(replace(quick, table="all"))}
+    assert every >= set(glue_minilm.PAPERS)  # which its figure compares
+    assert config(quick=True, seeds=3).seeds == 3
     hra = config(backbone="x", data="y", table="hra")
     assert all(r["every"] for r in train_glue.hra_rows(hra))  # Linear layer, as in Table 2
     for base in (full, few, config(table="hra"), config(table="all")):
@@ -223,6 +227,8 @@ def test_words_of_one_text_say_as_much_as_the_docstring_admits(docs):
     from sklearn.pipeline import make_pipeline
 
     suite = train_glue.suite(docs)
+    committed = json.loads((ROOT / "figures" / "glue_docs.json").read_text())["rows"]
+    full = next(r["tasks"] for r in committed if r["row"] == "Full")
 
     def score(task: str, column: str) -> float:
         counts = CountVectorizer(ngram_range=(1, 2))
@@ -232,8 +238,10 @@ def test_words_of_one_text_say_as_much_as_the_docstring_admits(docs):
         return model.score(test[column], test["label"])
 
     assert score("rte", "sentence2") > 0.8 and score("rte", "sentence1") < 0.62
-    assert min(score("mrpc", "sentence1"), score("sst2", "sentence")) > 0.65
-    assert score("qnli", "sentence") > 0.65 and score("qnli", "question") < 0.62
+    assert score("rte", "sentence2") > full["rte-like"] - 0.05
+    for task, text in (("mrpc", "sentence1"), ("sst2", "sentence"), ("qnli", "sentence")):
+        assert score(task, text) > full[f"{task}-like"] - 0.05, task
+    assert score("qnli", "question") < 0.62
 
 
 def test_a_tokenizer_of_the_same_texts_is_the_same(docs):
@@ -478,9 +486,10 @@ def test_what_is_wrong_with_any_task_is_said_before_a_run(glue, tiny, tmp_path):
 def test_results_do_not_go_into_what_they_depend_on(glue, tiny, tmp_path):
     for inside in ({"runs": str(glue / "runs")}, {"out": str(tiny / "a.json")}):
         base = replace(options(glue, tiny, tmp_path), **inside)
-        with pytest.raises(ValueError, match=r"found .* in --(data|backbone) .*; wanted results"):
+        place = re.escape(next(iter(inside.values())))
+        with pytest.raises(ValueError, match=rf"found {place} in --(data|backbone) .*; wanted"):
             train_glue.prepare(base)
-        shutil.rmtree(glue / "runs", ignore_errors=True)
+    assert not (glue / "runs").exists()
 
 
 def test_an_edited_file_of_a_linked_folder_counts(tmp_path):
@@ -497,11 +506,12 @@ def test_an_edited_file_of_a_linked_folder_counts(tmp_path):
     [
         ("ViT", "found ViTForImageClassification; wanted a model of text"),
         ("Llama", "found no pad_token_id; LlamaForSequenceClassification wants one"),
+        ("T5", r"wanted Linear layers named query/value, .*; found \['dense', 'k', 'o', .* in T5"),
     ],
 )
 def test_a_backbone_must_be_of_text_and_pad(glue, tiny, tmp_path, made, message):
     sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
-    shape = dict(vocab_size=2000) if made == "Llama" else dict(image_size=4, patch_size=2)
+    shape = dict(image_size=4, patch_size=2) if made == "ViT" else dict(vocab_size=2000)
     config = getattr(transformers, f"{made}Config")(**sizes, **shape)
     getattr(transformers, f"{made}Model")(config).save_pretrained(tmp_path / "model")
     common.load_tokenizer(str(tiny)).save_pretrained(tmp_path / "model")
@@ -578,11 +588,6 @@ def test_positions_are_those_a_text_may_fill():
         with pytest.raises((IndexError, RuntimeError)):
             model(torch.full((1, longest[name] + 1), 5))
     assert longest == {"Bert": 20, "Roberta": 18}
-    relative = transformers.T5Config(
-        d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=9
-    )
-    model = transformers.T5ForSequenceClassification(relative)
-    assert common.positions_of(model) == sys.maxsize
 
 
 # ---------------------------------------------------------------- runs
@@ -823,8 +828,8 @@ def test_the_quick_demo_runs_as_a_user_runs_it(tmp_path):
     result = json.loads(out.read_text())
     rows = {r["row"]: r for r in result["rows"]}
     assert len(result["runs"]) == 5 * 6 and next(iter(rows)) == "Full"
-    assert rows["Full"]["mean"] > rows["Base"]["mean"] + 0.04  # 0.11 to 0.17 with four backbones
-    assert rows["Full"]["tasks"]["sst2-like"] > 0.55  # 0.66 to 0.72
+    full, base = (rows[name]["mean"] for name in ("Full", "Base"))  # --seeds 4: 0.49 and 0.36
+    assert full > base + 0.04 and full > 0.42  # chance: 1/3, four halves and two zeros
     assert common.as_table(result["rows"]) in done.stdout
     assert out.with_suffix(".png").exists()
     assert result["corpus"]["docstrings"] > 3000

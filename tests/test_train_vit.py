@@ -100,6 +100,11 @@ def test_more_components_than_directions_is_an_error_that_counts_them(shared):
     assert results.get(spec) is None
 
 
+def test_quick_is_one_seed_unless_the_user_says_otherwise():
+    assert config(quick=True).seeds == 1 and config(quick=True, seeds=3).seeds == 3
+    assert config(quick=True).epochs < config().epochs and config().seeds == 3
+
+
 def test_rates_are_set_for_names_that_hold_an_equals_sign():
     rates = train_vit.rates_of(config(lr="LoRA r=4=0.5; HRA r=8, λ=0=0.25"))
     assert (rates["LoRA r=4"], rates["HRA r=8, λ=0"]) == (0.5, 0.25)
