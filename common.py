@@ -567,71 +567,14 @@ class LazyAdapter(Mapping):
         return len(self._keys)
 
 
-UNREADABLE = SafetensorError, OSError, ValueError, RecursionError
-
-
-def save_bank(path: str | Path, subspaces: Mapping, modules: Mapping) -> None:
-    """Write a recycled bank, the subspaces and every task's coefficients, to one safetensors.
-
-    subspaces: {name: Subspace}, modules: {name: EigenLoRAxLinear}, as `recycle` and `adapt`
-    return them. Raises ValueError if their names differ.
-    """
-    if set(subspaces) != set(modules):
-        raise ValueError(f"found modules {sorted(modules)}; wanted {sorted(subspaces)}")
-    tensors, about = {}, {}
-    for name, module in modules.items():
-        for side in ("V_A", "V_B"):
-            if not torch.equal(getattr(module, side).cpu(), getattr(subspaces[name], side).cpu()):
-                raise ValueError(f"{name}.{side} differs from its subspace's; wanted the same")
-        values = {f.name: getattr(subspaces[name], f.name) for f in fields(subspaces[name])}
-        values |= {"alpha_A": module.alpha_A, "alpha_B": module.alpha_B}
-        held = {k: v.detach() for k, v in values.items() if torch.is_tensor(v)}
-        tensors |= {f"{name}:{k}": v.contiguous().clone() for k, v in held.items()}
-        plain = {k: v for k, v in values.items() if k not in held}
-        about[name] = {"scaling": module.scaling, "subspace": plain}
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"bank": json.dumps(about)})
-
-
-def load_bank(path: str | Path, model: nn.Module) -> tuple[dict, dict]:
-    """Adapt `model` with a bank from `save_bank`: ({name: Subspace}, {name: EigenLoRAxLinear}).
-
-    Raises ValueError if the file is not a bank or does not fit the model.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads(file.metadata()["bank"])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-        subspaces, alphas = {}, {}
-        for name, plain in about.items():
-            mine = {k.rpartition(":")[2]: v for k, v in tensors.items() if k.startswith(f"{name}:")}
-            alphas[name] = mine.pop("alpha_A"), mine.pop("alpha_B")
-            subspaces[name] = eigenlorax.Subspace(**mine, **plain["subspace"])
-        (tasks, rank), *others = {(len(a), a.shape[-1]) for pair in alphas.values() for a in pair}
-        scalings = {name: float(plain["scaling"]) for name, plain in about.items()}
-    except (*UNREADABLE, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a bank written by save_bank: {error}") from error
-    bad = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
-    bad += [name for name, scaling in scalings.items() if not 0 < abs(scaling) < math.inf]
-    for name, s in subspaces.items():
-        shapes = [(tasks, len(V), rank) for V in (s.V_A, s.V_B)]
-        shapes += [V.shape[1:] for V in (s.V_A, s.V_B)]
-        fits = [X.shape for X in (*alphas[name], s.mean_A, s.mean_B)] == shapes
-        fits = fits and type(s.count) is int and type(s.center) is bool and s.count >= 0
-        fits = fits and all(0 <= x < math.inf for x in (s.dropped_A, s.dropped_B))
-        for sigma, V in ((s.singular_values_A, s.V_A), (s.singular_values_B, s.V_B)):
-            falls = sigma.dim() == 1 and (sigma.diff() <= 0).all() and (sigma >= 0).all()
-            fits = fits and falls and V.is_floating_point()
-        bad += [] if fits else [name]
-    if bad or others:
-        raise ValueError(f"{path}: found {bad or others}; wanted finite numbers, one rank for all")
-    modules = eigenlorax.adapt(model, subspaces, rank, tasks=tasks)
-    with torch.no_grad():
-        for name, module in modules.items():
-            module.scaling = scalings[name]
-            for alpha, value in zip((module.alpha_A, module.alpha_B), alphas[name], strict=True):
-                alpha.copy_(value)
-    return subspaces, modules
+def adapters_of_one_base(folders: Iterable[str | Path]) -> list[LazyAdapter]:
+    """The adapters in these folders. Raises ValueError if two were trained on different models."""
+    adapters = [LazyAdapter(folder) for folder in folders]
+    bases = {a.config.get("base_model_name_or_path"): a.file for a in adapters}
+    if len(bases) > 1:
+        found = "; ".join(f"{file}: {base}" for base, file in list(bases.items())[:2])
+        raise ValueError(f"found adapters of {len(bases)} base models ({found}); wanted one")
+    return adapters
 
 
 # ---------------------------------------------------------------- training and scoring
@@ -811,11 +754,9 @@ def _eigenlorax(model: nn.Module, row: Mapping, generator, adapters: list[Mappin
                 )
                 subspaces |= eigenlorax.recycle([{name: (B, A)}], k=k)
     if extra := row.get("random"):  # unit directions, not made orthogonal to anything
-        for s in subspaces.values():
-            for side in ("V_A", "V_B"):
-                V = getattr(s, side)
-                noise = torch.randn(extra, V.shape[1], generator=generator)
-                setattr(s, side, torch.cat([V, nn.functional.normalize(noise).to(V)]))
+        for side in (side for s in subspaces.values() for side in (s.A, s.B)):
+            noise = torch.randn(extra, side.V.shape[1], generator=generator)
+            side.V = torch.cat([side.V, nn.functional.normalize(noise).to(side.V)])
     if row.get("frozen"):
         options["init"] = "random"
     modules = eigenlorax.adapt(model, subspaces, **options)
@@ -1024,7 +965,7 @@ def recycled(spec: dict, names: list[str], folder: Path) -> list[Mapping]:
     """The adapters of the other tasks, as PEFT left them on disk; with noise if the row says so."""
     others = [{**spec["recycle"], "task": t, "seed": spec["seed"]} for t in names]
     others.pop(names.index(spec["task"]))
-    adapters = [LazyAdapter(adapter_folder(folder, o)) for o in others]
+    adapters = adapters_of_one_base(adapter_folder(folder, o) for o in others)
     adapters = adapters[: spec.get("adapters")]
     if noise := spec.get("noise"):  # a fraction of the root mean square of each matrix
         generator = torch.Generator().manual_seed(spec["seed"])

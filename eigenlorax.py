@@ -1,450 +1,1093 @@
 # SPDX-License-Identifier: MIT
-# EigenLoRAx (arXiv:2502.04700) in one self-contained file: copy it.
+# EigenLoRAx (arXiv:2502.04700), written from the paper. One file, torch only: copy it.
 # Cite: P. Kaushik, A. Vaidya, S. Chaudhari, A. Yuille. EigenLoRAx. arXiv:2502.04700, 2025.
-r"""EigenLoRAx: stack the LoRA adapters you have, keep their principal directions V, learn only α.
+# Version 2.0 (2026-11), tested with torch 2.11 to 2.14. Known faults of 1.0: training one task
+# moved all the others, as they shared a tensor; an update kept less than the share asked for.
+r"""EigenLoRAx — recycle the LoRA adapters you have; train only coefficients in their subspace.
 
-    h = W₀x + ΔW(task) x,   ΔW(task) = s · V_Bᵀ α_B α_Aᵀ V_A        [arXiv:2502.04700, Sec. 3.2]
+A LoRA of one linear layer is a pair (B (o, r), A (r, d)) with ΔW = B A. Take the adapters that
+others trained for many tasks. Stack the rows of their A, and keep the K principal directions V_A
+of the stack; do the same with the columns of their B. A new task then needs no new directions, only
+how much of each:
 
-Symbols: one frozen Linear with weight W₀ (o, d); m is the sum of the recycled adapters' ranks
-  paper | here            | shape         | meaning
-  W₀    | weight          | (o, d)        | frozen weight, plus ΔW of the active task
-  V_A   | V_A             | (K, d)        | principal directions of A, orthonormal rows
-  V_B   | V_B             | (K, o)        | principal directions of B; its K may differ
-  α_A   | alpha_A         | (tasks, K, r) | what the tasks learn about A, r columns each
-  α_B   | alpha_B         | (tasks, K, r) | what the tasks learn about B
-  Ŵ     | rows            | (m, n)        | all rows of A (n = d), or all columns of B (n = o)
-  μ     | mean            | (n,)          | mean of the rows; 0 unless center
-  σ     | singular_values | (min(m, n),)  | of the rows, descending; a Subspace keeps the first K
-  P     | pseudo          | number        | random directions appended to V       [Algorithm 1]
-  s     | scaling         | number        | LoRA's α/r; 1, as `lora_pairs` folds it into B
+    ΔW(task) = s · V_Bᵀ α_B α_Aᵀ V_A                                                    [Sec. 3.2]
 
-Derivation
-  1. BA = Σⱼ bⱼaⱼᵀ reads through rows of A, writes through columns of B: stack either as rows of X.
-  2. X = UΣVᵀ. No K directions leave less of X than the first K right singular vectors, from
-     here on the rows of V: ‖X − XVᵀV‖² = Σ_{i>K} σᵢ².                        [Eckart–Young]
-  3. XXᵀ = UΣ²Uᵀ, XᵀX = VᵀΣ²V: the smaller Gram matrix has every σ, and V = Σ⁻¹UᵀX. Squaring
-     halves the digits: float32 rows get a Gram matrix in float64, float64 rows a thin SVD. Where
-     K is given and σ_K² > σ₁²/1000, float32 is enough for U, and uᵢᵀXXᵀuᵢ gives σᵢ² in float64.
-  4. VVᵀ = I, so the least-squares coefficients of any rows are X Vᵀ.
-  5. V_BᵀV_B·BA·V_AᵀV_A, BA projected on all V_BᵀMV_A, has M = (V_B B)(A V_Aᵀ) = α_B α_Aᵀ.
-  6. Centred directions lose μ; with the unit part of μ outside V as a row, V spans all rows again.
-  7. XᵀX = VᵀΣ²V: ΣV stands for all c rows so far; append new rows to it. Centred, so does √c·μ:
-     with weights w = (0 …, √c, 1 …) the mean is wX/‖w‖², and X − w·mean has the XᵀX sought.
-  8. α_B = 0 makes ΔW = 0, and ∂L/∂α_B = s·V_B (∂L/∂W) V_Aᵀ α_A is not 0 for random α_A.
+    subspaces = recycle(adapters, k=32)  # adapters: [{layer name: (B, A)}, …]
+    layers = adapt(model, subspaces, rank=4)
+    loss = task_loss(model(x))  # `adapt` froze everything but the α
+    merge(model)  # after training: plain Linears again
 
-Claims
-  E1  V has orthonormal rows; more components than the numerical rank is an error naming it
-  E2  singular values are those of the SVD, within eps·σ₁²/σᵢ, eps of the rows' dtype
-  E3  Σ_{i>K} σᵢ² is the squared reconstruction error, the mean restored where it was taken off
-  E4  projecting both factors on an uncentred subspace gives the core nearest to ΔW
-  E5  the error of the recycled adapters never grows with K and is zero at full rank
-  E6  up to n − K pseudo-components are orthonormal to V and to each other, to rounding
-  E7  update equals starting over while nothing was dropped; else error ≤ best + dropped
-  E8  ranks may differ, and (BQ, QᵀA) with orthogonal Q recycles to the same uncentred subspace
-  E9  ΔW(task) = s·V_Bᵀα_Bα_AᵀV_A, merge equals forward, a new task starts at ΔW = 0
-  E10  only coefficients train: tasks·(K_A + K_B)·r numbers per Linear, the paper's counts
-  E11  K by explained variance and by Gavish–Donoho, exact on planted rank plus white noise
-  E12  every task of a mixed batch gets what it gets alone
+The recycled adapters have m rows of A, the sum of their ranks; r is the rank of the new LoRA, and K
+the number of directions that are kept, which may differ for A and for B.
 
-Cost      components O(mn·min(m, n)) once; forward of N samples O(min(NK, (N + K)r)·(d + o)) more;
-          T tasks hold K·(d + o) + 2TKr numbers, LoRA Tr·(d + o).
-Differs from the paper: adapters are stacked as rows (as columns, V has another length); centring is
-          an option and its mean stays in V; no randomised SVD; α_B starts at 0, not random.
-Differs from the authors' code: there α starts uniform in ±½, LoRA's scaling is ignored, the mean
-          lost, P uniform in 0..1, and every task has its own V. Written from the paper alone.
+Symbols (rows, columns). torch's weight is (out, in), here (o, d).
+  paper | here              | shape  | meaning
+  W₀    | base.weight       | (o, d) | pre-trained weight, frozen
+  V_A   | V_A               | (K, d) | principal directions of the rows of A, orthonormal
+  V_B   | V_B               | (K, o) | principal directions of the columns of B, orthonormal
+  α_A   | alpha_A[task]     | (K, r) | coefficients of one task, trained
+  α_B   | alpha_B[task]     | (K, r) | coefficients of one task, trained, zero at first
+  Ŵ     | rows              | (m, n) | all rows of A (n = d), or all columns of B (n = o)
+  μ     | mean              | (n,)   | mean of the rows where they are centred, else zero
+  σ     | singular_values   | (K,)   | of the rows, descending
+  s     | scaling           | number | LoRA's lora_alpha / r; it is not one of the coefficients α
+  P     | pseudo            | number | random directions that `recycle` appends to V
+
+Where this file departs from the paper, and why:
+  1. The paper prints h = W₀x + α_Bᵀ V_B α_Aᵀ V_A x. The shapes (r, K)(K, o)(r, K)(K, d) do not
+     multiply. We read the B of the LoRA as V_Bᵀ α_B, which has B's shape (o, r).
+  2. Algorithm 1 stacks matrices side by side, which gives V another length than its K×n; we stack
+     rows. It divides the mean by n, the length of a row; we divide by the number of rows.
+  3. Algorithm 1 subtracts the mean row, and the forward has no term that adds it back. `recycle`
+     does not subtract it: (−B, −A) is the same LoRA as (B, A), so a mean row has no meaning.
+  4. The paper starts both α at random. We start α_B at zero, so that training starts at W₀.
+  5. Where the paper uses a randomised SVD, this one is exact.
+
+How to read: 1 components (Algorithm 1), 2 many adapters, 3 the layer, 4 a whole model,
+5 PEFT's adapters, 6 numerics. A sentence that begins with "Claim" has a test of its number.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-Rule = int | float | str | None
-_dtype = lambda X: torch.promote_types(X.dtype, torch.float32)  # noqa: E731 (half loses updates)
+Pair = tuple[Tensor, Tensor]  # (B (o, r), A (r, d)), ΔW = B A
+Rule = int | float | str | None  # how many components: see `choose_k`
+
+# ---------------------------------------------------------------- 1. components [Algorithm 1]
+#
+# Which K directions lose least of a stack X (m, n)? Write its singular value decomposition as
+# X = U Σ V. From here on the rows of V are the right singular vectors (most books write Vᵀ), and
+# V_K (K, n) is the first K of them. X = Σᵢ σᵢ·uᵢvᵢ is a sum of orthogonal parts of size σᵢ, so
+#     ‖X − X V_KᵀV_K‖² = σ²_{K+1} + σ²_{K+2} + …,
+# and no K directions lose less (Eckart and Young).
+#
+# Which coefficients c (m, K) bring c V_K nearest to rows X? Least squares gives the normal
+# equations c·V_KV_Kᵀ = X V_Kᵀ. The rows of V_K are orthonormal, V_KV_Kᵀ = I, hence c = X V_Kᵀ.
 
 
-def principal_components(rows: Tensor, k: Rule = None, center: bool = True) -> tuple[Tensor, ...]:
-    """Return (V (K, n), mean (n,), all min(m, n) singular values) of rows (m, n), K by `choose_k`.
+@dataclass(eq=False)
+class Components:
+    """The K principal directions of a stack of rows, and how much of the stack they hold.
 
-    At least float32; mean 0 if not center. Float32 σᵢ: to eps·σ₁²/σᵢ for an int k, otherwise to
-    the last digit. Raises ValueError for nan, inf, k too large.                        [Alg. 1]
-    >>> V, mean, s = principal_components(torch.tensor([[3.0, 4.0], [6.0, 8.0]]), center=False)
-    >>> V.abs(), s[0] ** 2
-    (tensor([[0.6000, 0.8000]]), tensor(125.))
+    V (K, n)              orthonormal rows; pseudo-components stand below the principal ones
+    singular_values (K,)  descending, one for each row of V that came from data
+    mean (n,)             what was subtracted from every row; zero unless centred
+    energy                Σσ² over all the σ of the stack: its squared length, after centring
+
+    Claim 3. What K components leave of a stack has the squared length energy − Σσ², whatever K.
     """
-    return _components(_finite(rows, "rows"), torch.ones(len(rows)), k, center)
+
+    V: Tensor
+    singular_values: Tensor
+    mean: Tensor
+    energy: float
+
+    def project(self, rows: Tensor) -> Tensor:
+        """The coefficients (m, K) that bring V nearest to rows (m, n), in V's dtype."""
+        return (matrix(rows, "rows").to(self.V) - self.mean) @ self.V.T
+
+    def reconstruct(self, coefficients: Tensor) -> Tensor:
+        """The rows (m, n) that coefficients (m, K) stand for.
+
+        >>> held = Components(torch.tensor([[0.6, 0.8]]), torch.ones(1), torch.zeros(2), 1.0)
+        >>> held.reconstruct(torch.tensor([[10.0]]))
+        tensor([[6., 8.]])
+        """
+        return matrix(coefficients, "coefficients").to(self.V) @ self.V + self.mean
 
 
-def _components(rows: Tensor, weight: Tensor, k: Rule, center: bool) -> tuple[Tensor, ...]:
-    """The same for rows that are weight (m,) times what the mean is taken of.          [step 7]"""
-    X, w, dtype = rows.detach().double(), weight.to(rows.device, torch.float64), _dtype(rows)
-    (m, n), count = X.shape, round(float(w @ w)) - center  # centred, one row follows from others
-    mean = w @ X / (w @ w).clamp(min=1) if center else X.new_zeros(n)
-    X = X - w[:, None] * mean if center else X
-    if dtype == torch.float64:
-        _, s, V = torch.linalg.svd(X, full_matrices=False)
-    else:
-        G = X @ X.T if m <= n else X.T @ X
-        scale = G.trace().clamp(min=1e-300)
-        squares, U = torch.linalg.eigh((G / scale).to(torch.float32 if type(k) is int else X.dtype))
-        if type(k) is int and (squares > squares[-1:] / 1000).sum() < k:  # σ_k too near rounding
-            squares, U = torch.linalg.eigh(G / scale)
-        U = U.double().flip(1)  # σ² are the Rayleigh quotients, to rounding whatever U's error
-        s = ((U * (G @ U)).sum(0) / U.square().sum(0)).clamp(min=0).sqrt().sort(descending=True)[0]
-    K = choose_k(s[:count].to(dtype), k, (count, n))
-    if dtype == torch.float32:
-        V = U[:, :K].T if m > n else (U[:, :K] / s[:K]).T @ X
-        V = torch.linalg.solve_triangular(torch.linalg.cholesky(V @ V.T), V, upper=False)
-    return V[:K].to(dtype), mean.to(dtype), s.to(dtype)
+def choose_k(
+    singular_values: Tensor, rule: Rule, shape: tuple[int, int], energy: float | None = None
+) -> int:
+    """How many components to keep of a stack of this shape (m, n), given all its σ, descending.
 
+    None             the numerical rank: every σᵢ > eps·max(m, n)·σ₁, with eps of the σ's dtype
+    an int           that many (the int 1 is one component)
+    a float in (0, 1]  the fewest whose Σσ² is at least this share of `energy` (of all Σσ²)
+    "gavish-donoho"  every σᵢ above ω·median, see `noise_threshold`
 
-def _finite(X: Tensor, what: str) -> Tensor:
-    if X.ndim != 2 or not X.is_floating_point() or not (X.is_meta or X.sum(dtype=float).isfinite()):
-        raise ValueError(f"{what} {tuple(X.shape)} sums to {X.sum()}; want finite (m, n) floats")
-    return X
+    A centred stack counts as m − 1 rows. If all σ together hold less than the share, because an
+    `update` lost some energy, all are kept. Raises ValueError for another rule, and for K = 0 or K
+    above the numerical rank.
 
+    Claim 11. K by a share is the least K that holds it; Gavish and Donoho's K is the planted rank
+    where white noise covers a low rank, and their ω is good to 0.02.
 
-def choose_k(singular_values: Tensor, rule: Rule, shape: tuple[int, int]) -> int:
-    """Return K from all singular values, descending, of a stack of this shape (m, n).
-
-    None: the numerical rank, the number of σᵢ > eps·max(m, n)·σ₁, eps of their dtype;
-    int: itself; float in (0, 1]: the least K with Σ_{i≤K}σᵢ² ≥ rule·Σσᵢ²;
-    "gavish-donoho": the number of σᵢ > ω·median, optimal for low rank plus white noise
-    (arXiv:1305.5870), a heuristic on real adapters. For a centred stack m is one less. Raises
-    ValueError for K = 0 or K > numerical rank.
-    >>> choose_k(torch.tensor([3.0, 1.0, 0.0]), 0.9, (3, 8)), choose_k(torch.ones(4), None, (4, 8))
-    (1, 4)
+    >>> choose_k(torch.tensor([3.0, 1.0, 0.0]), 0.9, (3, 8))  # 9 of 9 + 1 is a share of 0.9
+    1
     """
-    s, (m, n) = singular_values, shape
-    if s.dim() != 1 or not s.is_floating_point() or not (s.diff(append=0 * s[:1]) <= 0).all():
-        raise ValueError(f"singular values {s.tolist()!r:.80}; want finite ones, descending")
-    rank = int((s > max(m, n) * torch.finfo(s.dtype).eps * s[:1]).sum())
-    K = rank if rule is None else rule
-    if rule == "gavish-donoho":
-        # the paper's fit of ω, good to 0.02
-        omega = 0.56 * (beta := min(m, n) / max(m, n)) ** 3 - 0.95 * beta**2 + 1.82 * beta + 1.43
-        K = rank and min(rank, int((s > omega * s.double().quantile(0.5)).sum()))
-    elif isinstance(rule, float) and 0 < rule <= 1:
-        energy = (s.double() / s[:1]).square().cumsum(0)  # of σ₁², lest squares overflow
-        K = min(rank, int((energy < rule * energy[-1:]).sum()) + 1)
-    if type(K) is not int or not (rule is None or 1 <= K <= rank):
-        raise ValueError(f"k = {rule!r} means {K!r}; want a rule or 1 to {rank}, numerical rank")
-    return K
+    sigma = singular_values
+    fits = sigma.dim() == 1 and sigma.is_floating_point() and sigma.isfinite().all()
+    if not fits or not (sigma.diff(append=sigma.new_zeros(1)) <= 0).all():
+        raise ValueError(f"singular values {sigma.tolist()!r:.80}; want finite ones, descending")
+    rank = int((sigma > max(shape) * torch.finfo(sigma.dtype).eps * sigma[:1]).sum())
+    if rule is None:
+        return rank
+    k = rule
+    if rule == "gavish-donoho" and rank:
+        threshold = noise_threshold(shape) * sigma.double().quantile(0.5)
+        k = min(rank, int((sigma > threshold).sum()))
+    if isinstance(rule, float) and 0 < rule <= 1 and rank:
+        held = sigma.double().square().cumsum(0)
+        whole = held[-1] if energy is None else energy
+        k = min(rank, int((held < rule * whole).sum()) + 1)
+    if type(k) is not int or not 1 <= k <= rank:
+        raise ValueError(f"k = {rule!r} means {k!r}; want a rule or 1 to {rank}, numerical rank")
+    return k
+
+
+def noise_threshold(shape: tuple[int, int]) -> float:
+    """ω: singular values of white noise stay below ω times their median. [arXiv:1305.5870]
+
+    This cubic in β, the quotient of the stack's sides, is that paper's fit. White noise is a model:
+    on real adapters the rule is a heuristic.
+    """
+    β = min(shape) / max(shape)
+    return 0.56 * β**3 - 0.95 * β**2 + 1.82 * β + 1.43
+
+
+# How to compute V_K. By definition: by the SVD. This is the slow twin, and what float64 rows get.
+# Faster, if X is long or wide: XXᵀ = U Σ² Uᵀ and XᵀX = Vᵀ Σ² V, so the eigenvectors of the smaller
+# of the two Gram matrices are U or V. From U follow the rows of UᵀX = ΣV, each along a vᵢ. Squaring
+# halves the digits: an eigenvalue σᵢ² in float64 is good to about 1e-16·σ₁², so σᵢ < 1e-8·σ₁ is
+# noise. The rank of float32 rows is cut at 1e-7·σ₁ or above, so for them that is enough; for
+# float64 rows, whose rank is cut at 1e-16·σ₁, it is not.
+
+
+def by_svd(X: Tensor, k: Rule, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """σ (K,) and V_K (K, n) of X (m, n), by definition."""
+    _, sigma, V = torch.linalg.svd(X, full_matrices=False)
+    K = choose_k(sigma[: min(shape)], k, shape)
+    return sigma[:K], V[:K]
+
+
+def by_gram(X: Tensor, k: Rule, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """The same through the smaller Gram matrix, for float32 numbers X (m, n) held in float64."""
+    wide = X.shape[0] < X.shape[1]
+    G = X @ X.T if wide else X.T @ X
+    squares, E = torch.linalg.eigh(G)  # ascending; the eigenvectors are columns
+    sigma = squares.flip(0).clamp(min=0).sqrt()
+    K = choose_k(sigma[: min(shape)].float(), k, shape)
+    E = E.flip(1)[:, :K].T  # (K, m) or (K, n): the first K eigenvectors, as rows
+    along = E @ X if wide else E  # (K, n), row i along vᵢ
+    V = torch.linalg.qr(along.T).Q.T  # they are orthogonal; qr gives them length 1
+    return sigma[:K], V
+
+
+def principal_components(rows: Tensor, k: Rule = None, center: bool = True) -> Components:
+    """The principal components of rows (m, n), as many as `choose_k` says.          [Algorithm 1]
+
+    center=True is Algorithm 1 as printed: V and μ, apart. V alone then lacks μ; with its residual
+    as one row more, cat([V, normalize(μ − μVᵀV)]), V holds every row again (our remark).
+    The computation is in float64 on the CPU; the answer is at least float32, on the rows' device.
+    Raises ValueError for nan, inf, or a k that `choose_k` refuses.
+
+    Claim 1. V has orthonormal rows, and asking for more of them than the numerical rank is an error
+    that names the rank.
+    Claim 2. The singular values are those of an SVD in float64: within eps·σ₁²/σᵢ of them for
+    float32 rows, within eps·max(m, n)·σ₁ for float64 rows, where eps is that of the rows.
+
+    >>> found = principal_components(torch.tensor([[3.0, 4.0], [6.0, 8.0]]), center=False)
+    >>> found.V.abs(), found.singular_values.square()
+    (tensor([[0.6000, 0.8000]]), tensor([125.]))
+    """
+    X = matrix(rows, "rows").detach().cpu().double()
+    m, n = X.shape
+    if not m or not n:
+        raise ValueError(f"rows ({m}, {n}); want at least one row of at least one number")
+    mean = X.mean(0) if center else X.new_zeros(n)
+    X = X - mean
+    free = m - 1 if center else m  # centred rows add up to 0, so that one follows from the others
+    decompose = by_svd if rows.dtype == torch.float64 else by_gram
+    sigma, V = decompose(X, k, (free, n))
+    like = torch.empty(0, dtype=at_least_float32(rows.dtype), device=rows.device)
+    return Components(V.to(like), sigma.to(like), mean.to(like), energy_of(X))
 
 
 def augment(V: Tensor, p: int, generator: torch.Generator | None = None) -> Tensor:
-    """Return orthonormal V (K, n) with p pseudo-components below it, (K + p, n), orthonormal.
+    """V (K, n) and p random directions below it, (K + p, n).                        [Algorithm 1]
 
-    Gaussian, orthogonalised by reflections. Raises ValueError unless 0 <= p <= n − K.   [Alg. 1]
+    They give a new task directions that the recycled adapters lack. They are drawn from a normal
+    distribution and made orthonormal by qr, which is a stable Gram–Schmidt. Raises ValueError
+    unless 0 ≤ p ≤ n − K.
+
+    Claim 6. Up to n − K pseudo-components are orthonormal to V and to each other, to rounding.
+
     >>> augment(torch.tensor([[0.0, 1.0]]), 1)[1].abs()
     tensor([1., 0.])
     """
-    if _finite(V, "V").shape[1] - len(V) < p or p < 0 or type(p) is not int:
-        raise ValueError(f"{p!r} pseudo-components; want 0 to n − K = {V.shape[1]} − {len(V)}")
-    Q = torch.linalg.qr(torch.cat([V, _normal((p, V.shape[1]), V.double(), generator)]).T).Q.T
-    return torch.cat([V, Q[len(V) :].to(V)])
+    K, n = matrix(V, "V").shape
+    if type(p) is not int or not 0 <= p <= n - K:
+        raise ValueError(f"{p!r} pseudo-components; want 0 to n − K = {n} − {K}")
+    noise = normal((p, n), V, generator)
+    Q = torch.linalg.qr(torch.cat([V.cpu().double(), noise.cpu().double()]).T).Q.T
+    return torch.cat([V, Q[K:].to(V)])  # the first K rows of Q are ±V
 
 
-def _normal(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
-    where = generator.device if generator else like.device
-    return torch.randn(shape, dtype=like.dtype, device=where, generator=generator).to(like.device)
-
-
-def project(rows: Tensor, V: Tensor, mean: Tensor | None = None) -> Tensor:
-    """Return least-squares coefficients (m, K), αᵀ, of rows (m, n) on V (K, n).         [step 4]"""
-    X = _finite(rows, "rows").to(_finite(V, "V"))
-    return (X if mean is None else X - mean.to(V).view(V.shape[1:])) @ V.T
-
-
-def reconstruct(alpha: Tensor, V: Tensor, mean: Tensor | None = None) -> Tensor:
-    """Return the rows (m, n) that coefficients alpha (m, K) on V (K, n) stand for.
-    >>> reconstruct(torch.tensor([[11.0]]), torch.tensor([[0.6, 0.8]]))
-    tensor([[6.6000, 8.8000]])
-    """
-    X = _finite(alpha, "alpha").to(_finite(V, "V")) @ V
-    return X if mean is None else X + mean.to(V).view(V.shape[1:])
-
-
-_FACTOR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.[^.]+)?\.weight")
-_REFUSED = {  # a config's field=value or a key: why the adapter is not just B A
-    r"peft_type=(?!(PeftType\.)?LORA$)": "no LoRA",
-    r"use_dora=|[^=]*\.lora_magnitude": "DoRA also rescales W₀ + ΔW",
-    r"bias=(?!none)|lora_bias=|[^=]*\.(lora_\w+|base_layer)\.bias": "a trained bias is no B·A",
-    r"trainable_token_indices=|[^=]*\.lora_embedding": "an embedding is no Linear",
-    r"init_lora_weights=(?!True|gaussian|orthogonal|eva|mica)": "it may take its start off W₀",
-    r"(layer_replication|target_parameters|alora_\w+|use_(qa|bd)lora)=|[^=]*\.lora_": "unknown",
-}
-
-
-def lora_pairs(state_dict: Mapping[str, Tensor], config: Mapping | None = None) -> dict:
-    """Return {module name: (B (o, r), A (r, d))} of a PEFT LoRA, s folded into B: B A = ΔW.
-
-    config is adapter_config.json; without it s = 1. r is the tensors'. Half precision becomes
-    float32; heads are left alone. Raises ValueError, saying why, for what is not a plain B A.
-    >>> peft = {"q.lora_A.weight": torch.ones(1, 2), "q.lora_B.weight": torch.ones(3, 1)}
-    >>> lora_pairs(peft, {"r": 1, "lora_alpha": 2})["q"][0].T
-    tensor([[2., 2., 2.]])
-    """
-    config, pairs = config or {}, {}
-    facts = [key for key in state_dict if not _FACTOR.fullmatch(key)]
-    facts += [f"{field}={value}" for field, value in config.items() if value]
-    odd = [f"{fact}: {why}" for fact in facts for p, why in _REFUSED.items() if re.match(p, fact)]
-    if odd:
-        raise ValueError(f"{odd[0]}; want a plain LoRA, B·A on the base model as it is")
-    found = [(*m.groups(), key) for key in state_dict if (m := _FACTOR.fullmatch(key))]
-    A, B = ({name: state_dict[key] for name, s, key in found if s == side} for side in "AB")
-    if not found or A.keys() != B.keys() or len(found) != 2 * len(A):
-        raise ValueError(f"found {list(state_dict)}; want lora_A.weight, lora_B.weight per module")
-    patterns, power = config.get("alpha_pattern") or {}, 0.5 if config.get("use_rslora") else 1
-    for name in A:
-        r = _rank(B[name], A[name], len(B[name]), A[name].shape[-1], f"{name!r}: ")
-        hits = [v for p, v in patterns.items() if re.match(rf"(.*\.)?({p})$", name)]
-        s = [*hits, config.get("lora_alpha", r)][0] / r**power
-        pairs[name] = B[name].to(_dtype(B[name])) * s, A[name].to(_dtype(A[name]))
-    return {name: (_finite(B, f"{name}: s·B"), A) for name, (B, A) in pairs.items()}
-
-
-def _rank(B: Tensor, A: Tensor, o: int, d: int, at: str = "") -> int:
-    """Return the rank r > 0 of finite B (o, r), A (r, d). Raises ValueError for anything else."""
-    if _finite(B, f"{at}B").shape != (o, len(A)) or _finite(A, f"{at}A").shape != (len(A) or 1, d):
-        raise ValueError(f"{at}B {tuple(B.shape)}, A {tuple(A.shape)}; want ({o}, r) and (r, {d})")
-    return len(A)
+# ---------------------------------------------------------------------------- 2. many adapters
+#
+# ΔW = B A = Σⱼ bⱼaⱼ reads its input through the rows aⱼ of A and writes through the columns bⱼ of
+# B. So one layer has two stacks: all rows of A (m, d) and all columns of B (m, o), m the sum of the
+# ranks. The size of a pair decides its weight in them: (cB, A/c) is the same LoRA as (B, A), yet it
+# counts c² times as much in the stack of B and 1/c² times as much in that of A. Adapters of one
+# recipe differ little in this. If yours do differ, balance each pair first, so that ‖A‖ = ‖B‖:
+#     c = (A.norm() / B.norm()).sqrt();  B, A = c * B, A / c
 
 
 @dataclass(eq=False)
 class Subspace:
-    """What the adapters of one module share.
+    """What the adapters of one layer share."""
 
-    Rows of V: principal ones, as many as σ; μ's, if center; pseudo-components. dropped: the Σσ²
-    that K left out. k, center: `recycle`'s, for `update`.
+    A: Components  # A.V (K, d): the directions of the input that they read
+    B: Components  # B.V (K, o): the directions of the output that they write
+
+
+def recycle(
+    adapters: Iterable[Mapping[str, Pair]],
+    k: Rule = None,
+    pseudo: int = 0,
+    generator: torch.Generator | None = None,
+) -> dict[str, Subspace]:
+    """{layer name: Subspace} of adapters, each of them {layer name: (B (o, r), A (r, d))}.
+
+    k is `choose_k`'s rule, for each stack; pseudo is the p of `augment`. An adapter need not have
+    every layer. One that reads a pair when asked for it (from a file) is asked layer by layer. The
+    stacks are not centred, as the mean of A's rows is another one for other factors of the same ΔW,
+    such as those of claim 8. Raises ValueError for no adapter, shapes that do not fit, nan and inf,
+    and for a k above the numerical rank; TypeError for what is no list of such mappings.
+
+    Claim 5. The error of the recycled adapters never grows with K, and is zero at full rank.
+    Claim 8. Ranks may differ, and (BQ, QᵀA) with an orthogonal Q recycles to the same subspace.
+
+    >>> B, A = torch.tensor([[1.0], [2.0], [2.0]]), torch.tensor([[3.0, 4.0]])
+    >>> found = recycle([{"q": (B, A)}, {"q": (2 * B, 2 * A)}])["q"]
+    >>> found.B.V.abs(), found.A.V.abs()  # every ΔW here is a multiple of (1, 2, 2)ᵀ(3, 4)
+    (tensor([[0.3333, 0.6667, 0.6667]]), tensor([[0.6000, 0.8000]]))
     """
-
-    V_A: Tensor  # (K, d)
-    V_B: Tensor  # (K, o)
-    mean_A: Tensor  # (d,)
-    mean_B: Tensor  # (o,)
-    singular_values_A: Tensor  # (at most K,)
-    singular_values_B: Tensor
-    count: int  # rows stacked so far: the sum of ranks
-    k: Rule = None
-    center: bool = False
-    dropped_A: float = 0.0
-    dropped_B: float = 0.0
+    subspaces = {}
+    for name, rows, columns in stacks(adapters):
+        with naming(name):
+            A = principal_components(rows, k, center=False)
+            B = principal_components(columns, k, center=False)
+            A.V = augment(A.V, pseudo, generator)
+            B.V = augment(B.V, pseudo, generator)
+        subspaces[name] = Subspace(A, B)
+    return subspaces
 
 
-def recycle(adapters: Iterable, k: Rule = None, center=False, pseudo=0, generator=None) -> dict:
-    """Return {module name: Subspace} of adapters, each {module name: (B (o, r), A (r, d))}.
+def stacks(adapters: Iterable[Mapping[str, Pair]]) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(name, all rows of A (m, d), all columns of B (m, o)) of each layer, one after the other."""
+    adapters = listed(adapters)
+    names = dict.fromkeys(name for adapter in adapters for name in adapter)  # each once, in order
+    for name in names:
+        rows, columns, shape = [], [], None
+        for i, adapter in enumerate(adapters):
+            if name in adapter:
+                B, A = checked(adapter[name], shape, f"adapter {i}, {name!r}: ")
+                rows.append(A)
+                columns.append(B.T)
+                shape = len(B), A.shape[1]  # the first one's: the others must have it as well
+        yield name, stack(rows), stack(columns)
 
-    Ranks and modules may differ; a lazy mapping is asked for one module at a time. k: `choose_k`'s
-    rule, for each A and B; center: one more row, for the mean; pseudo: `augment`'s p. Raises
-    ValueError for no adapter, other base shapes, nan or inf, k above the rank.
-    >>> pair = torch.tensor([[1.0], [0.0]]), torch.tensor([[3.0, 4.0]])
-    >>> recycle([{"q": pair}], k=1)["q"].V_A.abs()
-    tensor([[0.6000, 0.8000]])
+
+def stack(parts: list[Tensor]) -> Tensor:
+    """Rows of rows (r, n) as one matrix (m, n), in float32 if any of them is less than float64.
+
+    Else the rounding of the coarser ones would count as directions.
     """
-    found = update({}, adapters, k, center)
-    for s in found.values() if pseudo else ():
-        s.V_A, s.V_B = augment(s.V_A, pseudo, generator), augment(s.V_B, pseudo, generator)
-    return found
+    if any(X.dtype != torch.float64 for X in parts):
+        parts = [X.float() for X in parts]
+    return torch.cat(parts)
 
 
-def update(subspaces: Mapping, adapters: Iterable, k: Rule = None, center: bool = False) -> dict:
-    """Return what `recycle` gives for old and new adapters, without the old ones.       [step 7]
+# Adapters that come later. The stack itself need not be kept: the K rows ΣV stand for it, because
+# (ΣV)ᵀ(ΣV) = VᵀΣ²V = XᵀX, and XᵀX is all that V and σ depend on. This is exact if only rounding was
+# dropped. If more was, XᵀX = VᵀΣ²V + R, where R, what was dropped, only adds: yᵀRy ≥ 0. So
+#     ‖X V'ᵀ‖² ≥ ‖ΣV V'ᵀ‖² for any new directions V',
+# and energy − Σσ² is an upper bound on what V' misses of all the rows ever stacked. A share k of
+# the energy can always be kept: if Σσ² ≥ k·energy before, then new rows of energy e add e to what
+# can be held, and k·e ≤ e to what must be held. (K grows in return.)
 
-    The same while nothing was dropped, else within `dropped` of the best. Modules keep k and center
-    (the arguments are for new ones): "gavish-donoho" keeps its K, a float chooses among what is
-    kept; pseudo rows go. α moves by new.set_task(i, *old.pair(i)).
+
+def append(old: Components, rows: Tensor, k: Rule) -> Components:
+    """The components of `old`'s stack with rows (m, n) below it, K by `choose_k`."""
+    sigma = old.singular_values
+    stands_for = sigma[:, None] * old.V[: len(sigma)]  # (K, n); pseudo-components are left out
+    rows = rows.to(old.V)
+    if rows.shape[1] != old.V.shape[1]:
+        raise ValueError(f"rows {tuple(rows.shape)}; want (m, {old.V.shape[1]}), as before")
+    X = torch.cat([stands_for, rows])
+    every = principal_components(X, None, center=False)
+    energy = old.energy + energy_of(rows)
+    K = choose_k(every.singular_values, k, X.shape, energy)
+    return Components(every.V[:K], every.singular_values[:K], every.mean, energy)
+
+
+def update(
+    subspaces: Mapping[str, Subspace], adapters: Iterable[Mapping[str, Pair]], k: Rule = None
+) -> dict[str, Subspace]:
+    """What `recycle` gives for old and new adapters together, without the old ones.
+
+    Layers that the new adapters lack stay as they are; new ones join. Pseudo-components go: call
+    `augment` again. The coefficients of a task move by new.set_task(task, *old.pair(task)). Raises
+    what `recycle` raises.
+
+    Claim 7. An update equals starting over while nothing was dropped. After any number of truncated
+    updates the error is at most energy − Σσ², so that a share k of the energy is kept.
     """
-    adapters, out = list(adapters), dict(subspaces)
-    if not any(len(adapter) for adapter in adapters):
-        raise ValueError(f"{len(adapters)} adapters, no module; want one {{name: (B, A)}} or more")
-    for name in dict.fromkeys(name for adapter in adapters for name in adapter):
-        pairs = {i: adapter[name] for i, adapter in enumerate(adapters) if name in adapter}
-        B, A = zip(*pairs.values(), strict=True)
-        o, d = len(B[0]) or 1, A[0].shape[-1:].numel() or 1
-        empty = (A[0].new_zeros(size) for size in ((0, d), (0, o), d, o, 0, 0))
-        old = out.get(name) or Subspace(*empty, 0, k, center)
-        (o,), (d,) = old.mean_B.shape, old.mean_A.shape
-        m = sum(_rank(*pair, o, d, f"adapter {i}, {name!r}: ") for i, pair in pairs.items())
-        sides = _grow(old, "A", A) | _grow(old, "B", [columns.T for columns in B])
-        out[name] = replace(old, count=old.count + m, **sides)
-        del pairs, B, A  # before the next module's are read
-    return out
+    grown = dict(subspaces)
+    for name, rows, columns in stacks(adapters):
+        with naming(name):
+            if name in subspaces:
+                old = subspaces[name]
+                A, B = append(old.A, rows, k), append(old.B, columns, k)
+            else:
+                A = principal_components(rows, k, center=False)
+                B = principal_components(columns, k, center=False)
+        grown[name] = Subspace(A, B)
+    return grown
 
 
-def _grow(old: Subspace, side: str, rows: Iterable[Tensor]) -> dict[str, Tensor | float]:
-    """The fields of one side of old after more blocks of rows (r, n).                  [step 7]"""
-    fields = "V", "mean", "singular_values", "dropped"
-    V, mean, s, dropped = (getattr(old, f"{field}_{side}") for field in fields)
-    p, root = len(s), old.count**0.5
-    X = torch.cat([s[:, None] * V[:p], root * mean[None], *rows])
-    weight = torch.tensor([0] * p + [root] + [1] * (len(X) - p - 1), dtype=torch.float64)
-    k = p if old.count and isinstance(old.k, str) else old.k
-    V, mean, s = _components(X, weight, k, old.center)
-    K, tol = len(V), 64 * V.shape[1] ** 0.5 * torch.finfo(V.dtype).eps
-    if (mean - mean @ V.T @ V).abs().max() > tol * mean.abs().max():
-        V = torch.linalg.qr(torch.cat([V, mean[None]]).T).Q.T
-    values = V, mean, s[:K], dropped + float(s[K:].double().square().sum())
-    return {f"{field}_{side}": value for field, value in zip(fields, values, strict=True)}
+# -------------------------------------------------------------------------------- 3. the layer
+#
+# Any ΔW with the row space of V_A and the column space of V_B is V_Bᵀ M V_A for a core M (K, K). A
+# LoRA of rank r has the core M = α_B α_Aᵀ, and B = s·V_Bᵀ α_B, A = α_Aᵀ V_A are its factors.
+#
+# Served one task, a layer is a LoRA: B and A are formed, then y = W₀x + B A x. Served one task per
+# sample, that would take a B and an A per sample. There the samples share the two products with V,
+# and each has its own α between them: x → V_A x (K) → α_Aᵀ · (r) → α_B · (K) → V_Bᵀ · (o).
+#
+# Training starts at ΔW = 0, as α_B = 0, yet it starts: with G the gradient of the loss on ΔW, that
+# on α_B is s·V_B G V_Aᵀ α_A, which is not 0 for random α_A.
 
 
 class EigenLoRAxLinear(nn.Module):
-    """A frozen nn.Linear base plus ΔW(task) = s·V_Bᵀα_Bα_AᵀV_A; only α_A, α_B (tasks, K, r) train.
+    """y = base(x) + ΔW(task) x with ΔW(task) = s·V_Bᵀ α_B α_Aᵀ V_A. Only the α train.
 
-    α_A starts Gaussian with variance 1/K, α_B at 0 (init "zero": ΔW = 0) or like α_A ("random").
-    forward's task: an int, an int64 tensor with one per sample, or None, the attribute `task`. Not:
-    checked, in a tensor (that waits for a device): beyond the tasks, torch raises its own error.
-    `weight` is the merged one. Raises ValueError for shapes that do not fit, other arguments.
-    >>> pair = torch.tensor([[1.0], [0.0]]), torch.tensor([[3.0, 4.0]])
-    >>> layer = EigenLoRAxLinear(nn.Linear(2, 2), recycle([{"q": pair}])["q"], scaling=2.0)
-    >>> layer.set_task(0, *pair)
-    >>> (layer.pair()[0] @ layer.pair()[1])[0].detach()
-    tensor([3., 4.])
+    base      an nn.Linear, or a module with its in_features, out_features, weight and bias; frozen
+    subspace  V_A and V_B, shared by all tasks
+    rank      r, the columns of each α
+    tasks     how many tasks this layer serves
+    scaling   s; pairs from `lora_pairs` have it in B already, so the default is 1
+    init      "zero": α_B = 0, ΔW = 0;  "random": both α random, as the paper starts
+    task      (attribute) the active task: 0 at first; within `serving`, what that serves
+
+    α_A and α_B are one Parameter per task. An optimiser skips a Parameter without gradient, so that
+    neither weight decay nor momentum moves a task that is not in the batch. That needs gradients of
+    None: call zero_grad(), not zero_grad(set_to_none=False). Raises ValueError or TypeError for
+    arguments that do not fit.
+
+    Claim 9. ΔW(task) = s·V_Bᵀ α_B α_Aᵀ V_A, merging changes no output, and a new task has ΔW = 0.
+    Claim 12. In a batch of mixed tasks each sample gets what it gets alone.
+    Claim 13. While some tasks train, with weight decay and momentum, the others keep every bit.
+
+    >>> B, A = torch.tensor([[1.0], [2.0], [2.0]]), torch.tensor([[3.0, 4.0]])  # as at `recycle`
+    >>> layer = EigenLoRAxLinear(nn.Linear(2, 3, bias=False), recycle([{"q": (B, A)}])["q"])
+    >>> layer.set_task(0, torch.tensor([[3.0], [0.0], [0.0]]), torch.tensor([[5.0, 0.0]]))
+    >>> layer.alpha_B[0].data.abs(), layer.alpha_A[0].data.abs()  # 3·1/3 and 5·3/5
+    (tensor([[1.]]), tensor([[3.]]))
+    >>> (layer.weight - layer.base.weight).detach()  # 1·3·(1, 2, 2)ᵀ/3·(3, 4)/5
+    tensor([[0.6000, 0.8000],
+            [1.2000, 1.6000],
+            [1.2000, 1.6000]])
     """
 
-    def __init__(self, base, subspace, rank=1, tasks=1, scaling=1.0, init="zero", generator=None):
+    def __init__(
+        self,
+        base: nn.Module,
+        subspace: Subspace,
+        rank: int = 1,
+        tasks: int = 1,
+        scaling: float = 1.0,
+        init: Literal["zero", "random"] = "zero",
+        generator: torch.Generator | None = None,
+    ) -> None:
         super().__init__()
-        if not (getattr(base, "in_features", 0) and base.out_features):
-            raise TypeError(f"the base is {type(base).__name__}; want an nn.Linear, not empty")
-        if not all(type(size) is int and size > 0 for size in (rank, tasks)):
-            raise ValueError(f"rank = {rank!r}, tasks = {tasks!r}; want ints >= 1")
-        if not 0 < abs(scaling) < float("inf") or init not in ("zero", "random"):
-            raise ValueError(f"scaling {scaling}, init {init!r}; want finite != 0, zero or random")
-        for side, n in (("A", base.in_features), ("B", base.out_features)):
-            V = getattr(subspace, f"V_{side}").detach().to(base.weight.device, _dtype(base.weight))
-            if _finite(V, f"V_{side}").shape[1] != n or not len(V):
-                raise ValueError(f"V_{side} is {tuple(V.shape)}; want (K, {n}), K >= 1")
-            std = 0.0 if (side, init) == ("B", "zero") else len(V) ** -0.5
-            alpha = std * _normal((tasks, len(V), rank), V, generator)
-            self.register_buffer(f"V_{side}", V.clone(memory_format=torch.contiguous_format))
-            setattr(self, f"alpha_{side}", nn.Parameter(alpha))
-        self.rank, self.tasks, self.scaling, self.task = rank, tasks, float(scaling), 0
+        check_options(base, subspace, rank, tasks, scaling, init)
+        weight = base.weight
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        self.register_buffer("V_A", subspace.A.V.to(weight.device, dtype, copy=True))  # (K_A, d)
+        self.register_buffer("V_B", subspace.B.V.to(weight.device, dtype, copy=True))  # (K_B, o)
+        self.alpha_A = nn.ParameterList()
+        self.alpha_B = nn.ParameterList()
+        for _ in range(tasks):
+            self.alpha_A.append(coefficients(self.V_A, rank, generator))  # (K_A, r)
+            self.alpha_B.append(coefficients(self.V_B, rank, generator))  # (K_B, r)
+        if init == "zero":
+            for alpha in self.alpha_B:
+                alpha.data.zero_()
+        self.rank, self.tasks, self.scaling = rank, tasks, float(scaling)
         self.in_features, self.out_features = base.in_features, base.out_features
-        self.base, self.training = base.requires_grad_(False), base.training
+        self.task: int | Tensor = 0
+        self.gathered: tuple[Tensor, Tensor] | None = None  # of `serving`, for a batch of tasks
+        self.base = base.requires_grad_(False)
+        self.train(base.training)
 
-    def forward(self, x: Tensor, task: int | Tensor | None = None) -> Tensor:
-        y, A, B, s = self.base(x), self.V_A.to(x.dtype), self.V_B.to(x.dtype), self.scaling
-        a, b = (alpha.to(x.dtype) for alpha in self._alphas(task, len(x)))
-        if a.dim() == 2 and x.shape[:-1].numel() * (len(a) - self.rank) > a.numel():
-            codes, B = x @ (a.T @ A).T, b.T @ B  # many samples: A and B first, then x
+    def pair(self, task: int | None = None) -> Pair:
+        """The LoRA pair (B (o, r), A (r, d)) of one task, s folded into B; None: the active one."""
+        task = one_task(self.task if task is None else task, self.tasks)
+        alpha_A, alpha_B = self.alpha_A[task], self.alpha_B[task]
+        refuse_unset(V_A=self.V_A, V_B=self.V_B, alpha_A=alpha_A, alpha_B=alpha_B)
+        with full_precision(self.V_A):
+            return self.scaling * self.V_B.T @ alpha_B, alpha_A.T @ self.V_A
+
+    def forward(self, x: Tensor, task: int | Sequence[int] | Tensor | None = None) -> Tensor:
+        """x (…, d) → (…, o). task: one for all, or one for each x[i]; None: the active one."""
+        y = self.base(x)
+        x = x.to(y.dtype)
+        if task is None and self.gathered is not None and not torch.is_grad_enabled():
+            return self.delta_per_sample(x, *self.gathered).add_(y)
+        task = task_ids(self.task if task is None else task, self.tasks)
+        if isinstance(task, Tensor):
+            return self.delta_per_sample(x, *self.gather(task)).add_(y)
+        B, A = self.pair(task)
+        refuse_unset(x=x, A=A)
+        return y + x @ A.T.to(x.dtype) @ B.T.to(x.dtype)
+
+    def gather(self, tasks: Tensor) -> Pair:
+        """α_A (batch, K_A, r) and s·α_B (batch, K_B, r) of one task per sample.
+
+        With gradients, only the tasks present are read, so that an absent one gets None and not
+        zeros, which would still let it decay and drift. (An exported program reads all.)
+        """
+        if torch.is_grad_enabled() and not torch.compiler.is_exporting():
+            present = tasks.tolist()
+            alpha_A = torch.stack([self.alpha_A[task] for task in present])
+            alpha_B = torch.stack([self.alpha_B[task] for task in present])
         else:
-            codes = (x @ A.T if a.dim() == 2 else (x @ A.T)[:, None].flatten(1, -2)) @ a @ b.mT
-        return torch.addmm(y.view(-1, len(B.T)), codes.view(-1, len(B)), B, alpha=s).view(y.shape)
+            alpha_A = torch.stack([*self.alpha_A])[tasks]
+            alpha_B = torch.stack([*self.alpha_B])[tasks]
+        return alpha_A, self.scaling * alpha_B
 
-    def _alphas(self, task: int | Tensor | None, n: int | None = None) -> tuple[Tensor, Tensor]:
-        """α_A, α_B of one task (K, r), or of n tasks in a tensor (n, K, r)."""
-        task = self.task if task is None else task
-        if isinstance(task, Tensor) and (task.shape, task.dtype) == ((n,), torch.int64):
-            return self.alpha_A.index_select(0, task), self.alpha_B.index_select(0, task)
-        if type(task) is not int or not 0 <= task < self.tasks:
-            raise ValueError(f"task = {task!r:.40}; want 0 to {self.tasks - 1}, or {n} such int64")
-        return self.alpha_A[task], self.alpha_B[task]
-
-    def pair(self, task: int | None = None) -> tuple[Tensor, Tensor]:
-        """Return the LoRA pair (B (o, r), A (r, d)) with B A = ΔW(task), s folded into B."""
-        a, b, V_A, V_B = (X.double() for X in (*self._alphas(task), self.V_A, self.V_B))
-        return (V_B.T @ b * self.scaling).to(self.V_B), (a.T @ V_A).to(self.V_A)
+    def delta_per_sample(self, x: Tensor, alpha_A: Tensor, alpha_B: Tensor) -> Tensor:
+        """ΔW(its task) x[i] (batch, …, o) for the samples i of x (batch, …, d), α from `gather`."""
+        if x.dim() < 2 or x.shape[0] != alpha_A.shape[0]:
+            raise ValueError(f"{len(alpha_A)} tasks for x {tuple(x.shape)}; want one for each x[i]")
+        refuse_unset(x=x, V_A=self.V_A, V_B=self.V_B, alpha_A=alpha_A)
+        codes = x @ self.V_A.T.to(x.dtype)
+        codes = codes[:, None].flatten(1, -2)  # (batch, tokens, K_A), one token if x is (batch, d)
+        codes = codes @ alpha_A.to(x.dtype) @ alpha_B.mT.to(x.dtype)  # (batch, tokens, K_B)
+        return (codes @ self.V_B.to(x.dtype)).view(*x.shape[:-1], self.out_features)
 
     @torch.no_grad()
     def set_task(self, task: int, B: Tensor, A: Tensor) -> None:
-        """Zero-shot: set α of task to B (o, r), A (r, d) projected; ValueError if r > rank.  [5]"""
-        a, b = self._alphas(task)
-        if (r := _rank(B, A, self.out_features, self.in_features)) > self.rank:
-            raise ValueError(f"the pair has rank {r}; want at most this module's {self.rank}")
-        a[:, :r], a[:, r:] = project(A, self.V_A.double()).T, 0
-        b[:, :r], b[:, r:] = project(B.T, self.V_B.double()).T / self.scaling, 0
+        """Give one task the ΔW in the subspace nearest to BA, without training.           [Table 4]
 
-    def _weight(self, task: int | None = None) -> Tensor:
-        """W₀ + ΔW(task) (o, d), differentiable, in the base's dtype."""
-        W, (B, A) = self.base.weight, self.pair(task)
-        if not W.is_floating_point():
-            raise TypeError(f"the base weight is {W.dtype}; want floating point, to add ΔW")
-        return (W.double() + B.double() @ A.double()).to(W.dtype)  # double: no autocast
+        The paper says "zero-shot" twice: in its Table 4 for this projection of an adapter that
+        exists, and in its Table 1 for random α (init="random") of which only the head is trained.
 
-    weight = property(_weight, doc="W₀ + ΔW of the active task (o, d), differentiable.")
-    bias = property(lambda self: self.base.bias, doc="The base's bias (o,) or None.")
+        The nearest is V_BᵀV_B·BA·V_AᵀV_A = V_Bᵀ M V_A with the core M = (V_B B)(A V_Aᵀ), as V_BᵀV_B
+        and V_AᵀV_A are the orthogonal projections. So α_B = V_B B/s and α_A = V_A Aᵀ. Needs r ≤
+        rank. The columns that are left over get α_B = 0 and keep their α_A: they add nothing to ΔW
+        and can still train. (A column that is 0 in both α gets no gradient, ever.) ValueError for a
+        larger r, other shapes, nan and inf.
+
+        Claim 4. Projecting both factors gives the core M for which V_Bᵀ M V_A is nearest to ΔW.
+        """
+        task = one_task(task, self.tasks)
+        B, A = checked((B, A), (self.out_features, self.in_features), "")
+        r = len(A)
+        if r > self.rank:
+            raise ValueError(f"the pair has rank {r}; want at most this layer's {self.rank}")
+        with full_precision(self.V_A):
+            self.alpha_A[task][:, :r] = self.V_A @ A.T.to(self.V_A)
+            self.alpha_B[task].zero_()
+            self.alpha_B[task][:, :r] = self.V_B @ B.to(self.V_B) / self.scaling
+
+    def weight_of(self, task: int | None = None) -> Tensor:
+        """W₀ + ΔW(task) (o, d), differentiable, in W₀'s dtype; task None: the active one."""
+        W = self.base.weight
+        B, A = self.pair(task)
+        with full_precision(W):
+            return (W.to(A.dtype) + B @ A).to(W.dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """W₀ + ΔW of the active task (o, d).
+
+        For torch modules that read a layer's weight and do not call it: nn.MultiheadAttention reads
+        that of out_proj. Of a quantised base it is the base's own weight, without ΔW.
+        """
+        return self.weight_of() if is_plain(self.base.weight) else self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base's bias (o,), or None."""
+        return self.base.bias
 
     def merge(self, task: int | None = None) -> nn.Linear:
-        """Return a plain nn.Linear with W₀ + ΔW(task), on the base's device and in its dtype."""
-        merged = nn.Linear(self.in_features, self.out_features, device="meta")
-        merged.weight = nn.Parameter(self._weight(task))
-        merged.bias = None if self.bias is None else nn.Parameter(self.bias.clone())
-        return merged.requires_grad_(False).train(self.training)
+        """A plain frozen nn.Linear with the weight W₀ + ΔW(task); task None: the active one.
+
+        Raises TypeError for a quantised base, and for one whose forward is not nn.Linear's.
+        """
+        check_mergeable(self)
+        bias = self.base.bias
+        plain = nn.Linear(self.in_features, self.out_features, bias is not None, device="meta")
+        plain.weight = nn.Parameter(self.weight_of(task).detach())
+        if bias is not None:
+            plain.bias = nn.Parameter(bias.detach().clone())
+        return plain.requires_grad_(False).train(self.training)
 
 
-def _replace(model: nn.Module, targets, kinds, make) -> dict[str, nn.Module]:
-    """Freeze `model`, put make(name, layer) for each layer whose dotted name ends in a target."""
-    # the same in every method file
-    ends = [f".{t}" for t in ([targets] if isinstance(targets, str) else targets)]
-    named, new = {n: m for n, m in model.named_modules(remove_duplicate=False) if n}, {}
-    layers = {n: m for n, m in named.items() if isinstance(m, kinds)}
-    found = {n: m for n, m in layers.items() if f".{n}".endswith(tuple(ends))}
-    missing = [t for t in ends if not any(f".{n}".endswith(t) for n in found)]
-    if missing or not found:
-        other = {n: type(m) for n, m in named.items() if f".{n}".endswith(tuple(missing))}
-        raise ValueError(f"no layer's name ends in {missing}; found: {other or sorted(layers)}")
-    with ExitStack() as undo:  # all are made before any is put: an error changes nothing
-        for p in model.parameters():
-            undo.callback(p.requires_grad_, p.requires_grad)
-        for name, layer in found.items():  # a layer with two names gets one adapter
-            new[layer] = new.get(layer) or make(name, layer)
-        undo.pop_all()
-    model.requires_grad_(False)
-    for name, layer in found.items():
-        model.set_submodule(name, new[layer])
-    return {name: new[layer] for name, layer in found.items()}
+def coefficients(V: Tensor, r: int, generator: torch.Generator | None) -> nn.Parameter:
+    """α (K, r), normal with variance 1/K, so that a row of αᵀV has a length of about 1."""
+    return nn.Parameter(normal((len(V), r), V, generator) / len(V) ** 0.5)
 
 
-def adapt(model: nn.Module, subspaces: Mapping, rank: int = 1, **kw) -> dict[str, nn.Module]:
-    """Freeze model, replace the Linears named in subspaces, return {dotted name: module}.
+# ----------------------------------------------------------------------------- 4. a whole model
 
-    A name that no Linear has may lack its front ("0.query" finds "layer.0.query"); of several the
-    longest counts. kw: EigenLoRAxLinear's. ValueError, replacing nothing, for a name not found.
+
+def few(names: Iterable[str]) -> str:
+    """The first five of `names` and how many there are, for an error message."""
+    names = list(names)
+    if len(names) <= 5:
+        return ", ".join(names)
+    return ", ".join(names[:5]) + f" … ({len(names)} in all)"
+
+
+def find_layers(model: nn.Module, targets: str | Iterable[str], kinds) -> dict[str, nn.Module]:
+    """{dotted name: layer} for the layers of the class or classes `kinds` that `targets` name.
+
+    A target is a layer's whole name, which means that layer alone, or the end of one, in whole
+    parts: "q" fits "encoder.q" and not "freq". Raises ValueError if there is no target, or if a
+    target fits nothing, or something that is not of `kinds`.
     """
-    own = {name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    targets = [targets] if isinstance(targets, str) else list(targets)
+    if not targets:
+        raise ValueError("found no targets; want the name of a layer, or its end, at least once")
+    modules = model.named_modules(remove_duplicate=False)
+    weighted = {name: m for name, m in modules if name and hasattr(m, "weight")}  # no containers
+    found = {}
+    for target in targets:
+        hits = [name for name in weighted if f".{name}".endswith(f".{target}")]
+        if target in weighted:
+            hits = [target]
+        misfits = [name for name in hits if not isinstance(weighted[name], kinds)]
+        if misfits:
+            kind = type(weighted[misfits[0]]).__name__
+            raise ValueError(f"{target!r} fits {few(misfits)}, a {kind}; want a layer to adapt")
+        if not hits:
+            names = [name for name, m in weighted.items() if isinstance(m, kinds)]
+            raise ValueError(f"no layer is named {target!r}; want names, no patterns: {few(names)}")
+        found |= {name: weighted[name] for name in hits}
+    return found
 
-    def make(name: str, layer: nn.Linear) -> nn.Module:
-        """The adapted layer; the layer itself where the name is another's whole name."""
-        key = max((key for key in subspaces if f".{name}".endswith(f".{key}")), key=len)
-        return layer if key in own - {name} else EigenLoRAxLinear(layer, subspaces[key], rank, **kw)
 
-    new = _replace(model, list(subspaces), nn.Linear, make)
-    return {name: m for name, m in new.items() if isinstance(m, EigenLoRAxLinear)}
+def replace_layers(
+    model: nn.Module, layers: Mapping[str, nn.Module], make: Callable[[str, nn.Module], nn.Module]
+) -> dict[str, nn.Module]:
+    """Freeze `model` and put make(name, layer) in the place of each layer; {name: new layer}.
+
+    All of them are made before the first is put in its place: an error leaves the model as it was.
+    A layer that has two names gets one new layer.
+    """
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    made = {}  # layer: its new layer
+    for name, layer in layers.items():
+        if layer in made:
+            continue
+        try:
+            made[layer] = make(name, layer)
+        except (TypeError, ValueError) as error:
+            for p in trainable:
+                p.requires_grad_(True)
+            raise type(error)(f"{name}: {error}") from None
+    model.requires_grad_(False)  # the new layers are not part of it yet
+    for name, layer in layers.items():
+        model.set_submodule(name, made[layer])
+    return {name: made[layer] for name, layer in layers.items()}
+
+
+def layers_named(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """{dotted name in the model: the one of `names` that it fits}. Each must fit just one Linear.
+
+    A layer's name in an adapter may lack the front that the model gives it.
+    """
+    fits = {}
+    for name in names:
+        found = find_layers(model, [name], nn.Linear)
+        several = len(set(found.values())) > 1  # a shared layer has several names and is one
+        if several or found.keys() & fits.keys():
+            raise ValueError(
+                f"{name!r} fits {few(found)}; want one layer of its own: name more of it"
+            )
+        fits |= dict.fromkeys(found, name)
+    return fits
+
+
+def adapt(
+    model: nn.Module,
+    subspaces: Mapping[str, Subspace],
+    rank: int = 1,
+    tasks: int = 1,
+    scaling: float = 1.0,
+    init: Literal["zero", "random"] = "zero",
+    generator: torch.Generator | None = None,
+) -> dict[str, EigenLoRAxLinear]:
+    """Freeze `model` and wrap each Linear that `subspaces` names; {its whole name: wrapped layer}.
+
+    The name of a subspace is the layer's whole name or the end of it ("0.query" finds
+    "layer.0.query"), and must fit one layer. Raises ValueError, with the model as it was, if it
+    does not, or if the shapes do not.
+
+    Claim 10. Only coefficients train: tasks·(K_A + K_B)·r numbers a Linear, the paper's counts.
+    """
+    fits = layers_named(model, subspaces)
+
+    def wrap(name: str, linear: nn.Module) -> EigenLoRAxLinear:
+        """The Linear with its subspace."""
+        subspace = subspaces[fits[name]]
+        return EigenLoRAxLinear(linear, subspace, rank, tasks, scaling, init, generator)
+
+    return replace_layers(model, find_layers(model, fits, nn.Linear), wrap)
+
+
+def set_task(
+    layers: Mapping[str, EigenLoRAxLinear], task: int, adapter: Mapping[str, Pair]
+) -> None:
+    """`set_task` of every layer: task becomes the projection of a whole adapter {name: (B, A)}.
+
+    Names may lack their front, as in `adapt`. A layer that the adapter lacks gets ΔW = 0. Raises
+    ValueError, before anything is changed, for a pair that has no layer, or several.
+    """
+    pairs = {}
+    for name in adapter:
+        hits = [full for full in layers if f".{full}".endswith(f".{name}")]
+        if name in layers:
+            hits = [name]
+        if len({layers[full] for full in hits}) != 1 or hits[0] in pairs:
+            found = few(hits) or "no layer"
+            raise ValueError(f"{name!r} fits {found}; want one of its own of {few(layers)}")
+        pairs[hits[0]] = adapter[name]
+    for layer in layers.values():
+        layer.alpha_B[one_task(task, layer.tasks)].data.zero_()
+    for name, pair in pairs.items():
+        with naming(name):
+            layers[name].set_task(task, *pair)
 
 
 def merge(model: nn.Module, task: int | None = None) -> nn.Module:
-    """Replace every EigenLoRAxLinear of model by its `merge(task)`, in place; return the model."""
-    new = {m: m.merge(task) for m in model.modules() if isinstance(m, EigenLoRAxLinear)}
-    for parent in list(model.modules()):  # every name of a shared layer
-        parent._modules.update({n: new[m] for n, m in parent._modules.items() if m in new})
-    return new.get(model, model)
+    """Replace each EigenLoRAxLinear by its merged Linear, in place; return `model`.
+
+    task None: each layer's active one. Merge before save_pretrained, before tie_weights or
+    resize_token_embeddings, and before anything else that takes a layer for a plain Linear.
+    """
+    modules = model.named_modules(remove_duplicate=False)
+    layers = {name: m for name, m in modules if isinstance(m, EigenLoRAxLinear)}
+    plain = {layer: layer.merge(task) for layer in layers.values()}  # before any takes its place
+    for name, layer in layers.items():
+        if not name:  # the model is itself an adapted layer
+            return plain[layer]
+        model.set_submodule(name, plain[layer])
+    return model
 
 
 @contextmanager
-def serving(modules: Mapping[str, EigenLoRAxLinear], task: int | Tensor | list) -> Iterator[None]:
-    """Within the block all modules serve task: an int, or one per sample; else ValueError."""
-    ids, last = torch.as_tensor(task), min(module.tasks for module in modules.values()) - 1
-    if ids.is_floating_point() or ids.dim() > 1 or not ((ids >= 0) & (ids <= last)).all():
-        raise ValueError(f"task = {task!r:.60}; want an int from 0 to {last}, or one per sample")
-    with ExitStack() as undo:
-        for module in modules.values():
-            undo.callback(setattr, module, "task", module.task)
-            module.task = ids.to(module.V_A.device, torch.int64) if ids.dim() else int(ids)
+def serving(
+    layers: Mapping[str, EigenLoRAxLinear], task: int | Sequence[int] | Tensor
+) -> Iterator[None]:
+    """Within the block every layer serves `task`: an int, or one for each sample of the batch.
+
+    The first axis of every adapted layer's input must be the sample. Where gradients are off when
+    the block begins, the coefficients are gathered once for all its forwards without gradients, and
+    a change of α within the block is not seen by these. One block at a time in a process. If the
+    model is compiled, give tensors: an int makes a graph for each task. Raises ValueError if `task`
+    is none of the layers' tasks.
+    """
+    before = {layer: (layer.task, layer.gathered) for layer in layers.values()}
+    ids = task_ids(task, min(layer.tasks for layer in before))
+    try:
+        for layer in before:
+            layer.task, layer.gathered = ids, None
+            if isinstance(ids, Tensor):
+                layer.task = ids.to(layer.V_A.device)
+                if not torch.is_grad_enabled():
+                    layer.gathered = layer.gather(layer.task)
         yield
+    finally:
+        for layer, state in before.items():
+            layer.task, layer.gathered = state
 
 
-def to_peft(modules: Mapping, task: int = 0, head: Mapping | None = None) -> tuple[dict, dict]:
-    """Return (state_dict, config) that PEFT loads as a LoRA; head: {name: parameter} beside it."""
-    prefix, state, head = "base_model.model.", {}, head or {}
-    for name, module in modules.items():
-        for side, factor in zip("BA", module.pair(task), strict=True):
-            state[f"{prefix}{name}.lora_{side}.weight"] = factor.detach().contiguous()
-    state |= {prefix + name: tensor.detach().clone() for name, tensor in head.items()}
-    ranks = {name: modules[name].rank for name in sorted(modules, key=len, reverse=True)}
-    whole = sorted({name.rpartition(".")[0] for name in head}) or None
-    config = {"peft_type": "LORA", "target_modules": list(modules), "modules_to_save": whole}
+# A bank is what several tasks have in common, V, and what each has of its own, its α. Saved as
+# {"NAME.V_A": …}, with safetensors or torch.save, it needs no other file beside the model.
+
+FIELDS = ("V_A", "V_B", "alpha_A", "alpha_B", "scaling")
+
+
+def to_bank(layers: Mapping[str, EigenLoRAxLinear]) -> dict[str, Tensor]:
+    """All that `layers` add to a model: V_A (K, d), V_B (K, o), α_A and α_B (tasks, K, r), s ()."""
+    bank = {}
+    for name, layer in layers.items():
+        alphas = torch.stack([*layer.alpha_A]), torch.stack([*layer.alpha_B])
+        values = (layer.V_A, layer.V_B, *alphas, torch.tensor(layer.scaling, dtype=torch.float64))
+        for field, value in zip(FIELDS, values, strict=True):
+            bank[f"{name}.{field}"] = value.detach().clone()
+    return bank
+
+
+def from_bank(model: nn.Module, bank: Mapping[str, Tensor]) -> dict[str, EigenLoRAxLinear]:
+    """Adapt `model` with a bank from `to_bank`: {whole name: layer}, every task as it was saved.
+
+    Raises ValueError, with the model as it was, if a tensor is missing, is none of a bank's, or
+    does not fit the others or the model.
+    """
+    names = list(dict.fromkeys(key.rpartition(".")[0] for key in bank))
+    wanted = {f"{name}.{field}" for name in names for field in FIELDS}
+    if wanted != set(bank):
+        odd = sorted(wanted ^ set(bank))
+        raise ValueError(
+            f"the bank lacks, or has beside its own: {few(odd)}; want {FIELDS} of each layer"
+        )
+    fits = layers_named(model, names)
+
+    def load(name: str, linear: nn.Module) -> EigenLoRAxLinear:
+        """The Linear with its part of the bank."""
+        V_A, V_B, alpha_A, alpha_B, scaling = (bank[f"{fits[name]}.{field}"] for field in FIELDS)
+        tasks, _, rank = alpha_A.shape
+        if alpha_A.shape[1:2] + alpha_B.shape != (len(V_A), tasks, len(V_B), rank):
+            shapes = {field: tuple(bank[f"{fits[name]}.{field}"].shape) for field in FIELDS}
+            raise ValueError(f"found {shapes}; want (K, n) of each V, (tasks, K, r) of each α")
+        subspace = Subspace(directions(V_A), directions(V_B))
+        layer = EigenLoRAxLinear(linear, subspace, rank, tasks, float(scaling))
+        for task in range(tasks):
+            layer.alpha_A[task].data.copy_(matrix(alpha_A[task], "α_A"))
+            layer.alpha_B[task].data.copy_(matrix(alpha_B[task], "α_B"))
+        return layer
+
+    return replace_layers(model, find_layers(model, fits, nn.Linear), load)
+
+
+def directions(V: Tensor) -> Components:
+    """Given directions V (K, n), which need not come from data, as Components."""
+    return Components(V, V.new_zeros(0), V.new_zeros(V.shape[-1]), energy=0.0)
+
+
+# --------------------------------------------------------------------------- 5. PEFT's adapters
+#
+# PEFT saves a LoRA as adapter_model.safetensors, tensors named NAME.lora_A.weight (r, d) and
+# NAME.lora_B.weight (o, r), and adapter_config.json. Its ΔW is s·BA with s = lora_alpha/r, or
+# lora_alpha/√r with use_rslora. Here s is folded into B. Whatever else an adapter trained would be
+# lost with the pairs, so that all but a head is refused by name.
+
+PREFIX = "base_model.model."
+HEADS = ("classifier", "pre_classifier", "classification_head", "score", "qa_outputs", "head", "fc")
+PLAIN_STARTS = (None, False, True, "gaussian", "eva", "orthogonal", "mica")  # they leave W₀ alone
+REFUSED = {  # field of the config: why an adapter that has it is not just W₀ + BA
+    "use_dora": "DoRA also rescales W₀ + ΔW",
+    "lora_bias": "a trained bias is no B·A",
+    "trainable_token_indices": "an embedding is no Linear",
+    "target_parameters": "its factors belong to parameters, not to Linears",
+    "layer_replication": "its layers are not those of the base model",
+    "kasa_config": "KaSA has a diagonal between B and A",
+    "monteclora_config": "MonteCLoRA samples its factors",
+    "arrow_config": "Arrow mixes several adapters for each token",
+    "alora_invocation_tokens": "aLoRA acts on some tokens only",
+    "use_qalora": "QALoRA pools the input of A",
+    "use_bdlora": "BD-LoRA has block-diagonal factors",
+}
+
+
+def lora_pairs(
+    state_dict: Mapping[str, Tensor], config: Mapping[str, object] | None = None
+) -> dict[str, Pair]:
+    """{layer name: (B (o, r), A (r, d))} of a PEFT LoRA, with s folded into B, so that ΔW = B A.
+
+    config is adapter_config.json; without one s = 1, or alpha/r where a file has NAME.alpha beside
+    the pair. r is taken from the tensors, for each layer. Half precision becomes float32. Tensors
+    of a head (see HEADS) are left alone. Raises ValueError for all that is not plainly W₀ + BA,
+    TypeError for what is no tensor.
+
+    >>> peft = {"q.lora_A.weight": torch.ones(1, 2), "q.lora_B.weight": torch.ones(3, 1)}
+    >>> lora_pairs(peft, {"r": 1, "lora_alpha": 2})["q"][0].T
+    tensor([[2., 2., 2.]])
+    """
+    check_config({} if config is None else config)
+    A, B, alphas = sorted_keys(state_dict)
+    if alphas and config is not None:
+        raise ValueError(f"{few(alphas)}: alpha is in the file and in the config; want it once")
+    pairs = {}
+    for name, key in A.items():
+        down, up = state_dict[key], state_dict[B[name]]
+        up, down = checked((up, down), None, f"{name!r}: ")
+        dtype = at_least_float32(torch.promote_types(up.dtype, down.dtype))
+        s = scale(name, len(down), config)
+        if name in alphas:
+            s = float(state_dict[alphas[name]]) / len(down)
+        pairs[name] = matrix(up.to(dtype) * s, f"{name!r}: s·B"), down.to(dtype)
+    return pairs
+
+
+def sorted_keys(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, str], ...]:
+    """Three {layer name: key}: of the A, of the B, and of the alphas. Raises for other keys."""
+    found = {"A": {}, "B": {}}
+    others = []
+    for key in state_dict:
+        name, side = factor(key)
+        if side is None:
+            others.append(key)
+        elif name in found[side]:
+            raise ValueError(f"{key!r} is a second {side} of {name!r}; want those of one adapter")
+        else:
+            found[side][name] = key
+    A, B = found["A"], found["B"]
+    alphas = {}
+    for key in others:
+        name, _, last = key.removeprefix(PREFIX).rpartition(".")
+        if last == "alpha" and name in A:
+            alphas[name] = key
+        elif last in ("lora_A", "lora_B"):
+            raise ValueError(f"{key!r} lacks '.weight' (loralib?); rename it, and give lora_alpha")
+        elif not set(name.split(".")) & set(HEADS):
+            raise ValueError(
+                f"{key!r} would be lost: it is no lora_A.weight, no lora_B.weight, "
+                f"and in no head ({', '.join(HEADS)})"
+            )
+    if not A or A.keys() != B.keys():
+        lone = sorted(A.keys() ^ B.keys())
+        raise ValueError(
+            f"found {few(lone or state_dict)}; want lora_A.weight, lora_B.weight of each"
+        )
+    return A, B, alphas
+
+
+def factor(key: str) -> tuple[str, str | None]:
+    """("encoder.q", "A") of "base_model.model.encoder.q.lora_A.weight"; (key, None) of no factor.
+
+    PEFT may put the adapter's own name between, as in "q.lora_A.default.weight".
+    """
+    name, _, tail = key.removeprefix(PREFIX).rpartition(".lora_")
+    parts = tail.split(".")  # ["A", "weight"] or ["A", "default", "weight"]
+    side = parts[0]
+    if name and side in ("A", "B") and parts[-1] == "weight" and len(parts) <= 3:
+        return name, side
+    return key, None
+
+
+def scale(name: str, r: int, config: Mapping[str, object] | None) -> float:
+    """s of one layer; 1 without a config. 8 is PEFT's own default for lora_alpha."""
+    if config is None:
+        return 1.0
+    alpha = config.get("lora_alpha", 8)
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", name):  # PEFT's patterns are regular expressions
+            alpha = value
+            break  # the first one counts
+    return alpha / r**0.5 if config.get("use_rslora") else alpha / r
+
+
+def check_config(config: Mapping[str, object]) -> None:
+    """Raise ValueError, with the reason, if a PEFT config is not that of a plain LoRA."""
+    if not isinstance(config, Mapping):
+        raise TypeError(f"config is a {type(config).__name__}; want a mapping, as its to_dict()")
+    kind, bias = config.get("peft_type", "LORA"), config.get("bias", "none")
+    start = config.get("init_lora_weights")
+    if kind != "LORA":
+        raise ValueError(f"peft_type={kind}: no LoRA; want LORA")
+    if bias != "none":
+        raise ValueError(f"bias={bias}: a trained bias is no B·A; want none")
+    if start not in PLAIN_STARTS:
+        raise ValueError(
+            f"init_lora_weights={start}: it may take its start off W₀; want a plain one"
+        )
+    for field, why in REFUSED.items():
+        if config.get(field):
+            raise ValueError(f"{field}={config[field]!r:.60}: {why}; want a plain LoRA")
+
+
+def to_peft(
+    layers: Mapping[str, EigenLoRAxLinear], task: int = 0, head: Mapping[str, Tensor] | None = None
+) -> tuple[dict[str, Tensor], dict[str, object]]:
+    """(state_dict, config) of one task, which PEFT loads as a LoRA; head {name: tensor} goes along.
+
+    The task becomes pairs of factors, so that PEFT needs neither V nor α. s is in B: alpha is r.
+    """
+    state = {}
+    for name, layer in layers.items():
+        B, A = layer.pair(task)
+        state[f"{PREFIX}{name}.lora_B.weight"] = B.detach().contiguous()
+        state[f"{PREFIX}{name}.lora_A.weight"] = A.detach().contiguous()
+    head = head or {}
+    for name, tensor in head.items():
+        state[PREFIX + name] = tensor.detach().clone()
+    ranks = {name: layers[name].rank for name in sorted(layers, key=len, reverse=True)}
     r = max(ranks.values())
-    return state, config | {"r": r, "lora_alpha": r, "rank_pattern": ranks, "alpha_pattern": ranks}
+    whole = sorted({name.rpartition(".")[0] for name in head})
+    config = {
+        "peft_type": "LORA",
+        "target_modules": list(layers),
+        "modules_to_save": whole or None,
+        "r": r,
+        "lora_alpha": r,
+        "rank_pattern": ranks,
+        "alpha_pattern": ranks,
+    }
+    return state, config
+
+
+# --------------------------------------------------------------------------------- 6. numerics
+#
+# What keeps the parts above true for half precision, autocast, quantised and meta tensors, and
+# what refuses input that would give a wrong answer without a word.
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """float64 of float64, float32 of everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def full_precision(X: Tensor) -> torch.autocast:
+    """A block without autocast, which would round products to half precision."""
+    return torch.autocast("cpu" if X.is_meta else X.device.type, enabled=False)
+
+
+def normal(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Standard normal numbers in the dtype and on the device of `like`, drawn by `generator`."""
+    where = generator.device if generator else like.device
+    return torch.randn(shape, dtype=like.dtype, device=where, generator=generator).to(like.device)
+
+
+def energy_of(X: Tensor) -> float:
+    """‖X‖². Raises ValueError if X is so large or so small that its squares leave float64."""
+    energy = float(X.cpu().double().square().sum())
+    if X.any() and not 0 < energy < float("inf"):
+        raise ValueError(
+            f"rows up to {float(X.abs().max()):.3g}; want 1e-150 to 1e150, to be squared"
+        )
+    return energy
+
+
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Puts a layer's name in front of the message of a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name!r}: {error}") from None
+
+
+def matrix(X: Tensor, what: str) -> Tensor:
+    """X, if it is a finite floating-point matrix; else ValueError, TypeError if it is no tensor."""
+    if not isinstance(X, Tensor):
+        raise TypeError(f"{what} is a {type(X).__name__}; want a torch tensor")
+    if X.dim() != 2 or not X.is_floating_point() or not (X.is_meta or X.isfinite().all()):
+        found = f"{X.dtype} {tuple(X.shape)} summing to {X.sum()}"
+        raise ValueError(f"{what}: found {found}; want finite floats (m, n)")
+    return X
+
+
+def checked(pair: Pair, shape: tuple[int, int] | None, where: str) -> Pair:
+    """pair, if it is a finite (B (o, r), A (r, d)), of this shape (o, d) where one is given."""
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        raise TypeError(f"{where}found a {type(pair).__name__}; want a pair (B, A), see lora_pairs")
+    B, A = matrix(pair[0], f"{where}B"), matrix(pair[1], f"{where}A")
+    o, d = shape or (len(B), A.shape[1])
+    r = len(A)
+    if B.shape != (o, r) or A.shape != (r, d) or B.numel() == 0 or A.numel() == 0:
+        found = f"B {tuple(B.shape)}, A {tuple(A.shape)}"
+        raise ValueError(f"{where}{found}; want ({o}, r) and (r, {d}), r ≥ 1")
+    return B, A
+
+
+def listed(adapters: Iterable[Mapping[str, Pair]]) -> list[Mapping[str, Pair]]:
+    """The adapters as a list, if they are mappings and one of them has a layer."""
+    if isinstance(adapters, Mapping):
+        raise TypeError(f"found one {type(adapters).__name__}; want a list of adapters")
+    adapters = list(adapters)
+    for adapter in adapters:
+        if not isinstance(adapter, Mapping):
+            raise TypeError(
+                f"found a {type(adapter).__name__}; want adapters {{layer name: (B, A)}}"
+            )
+    if not any(len(adapter) for adapter in adapters):
+        raise ValueError(f"{len(adapters)} adapters, no layer; want {{layer name: (B, A)}}")
+    return adapters
+
+
+def check_options(
+    base: nn.Module, subspace: Subspace, rank: int, tasks: int, scaling: float, init: str
+) -> None:
+    """Raise TypeError or ValueError for arguments of EigenLoRAxLinear that do not fit."""
+    if not (getattr(base, "in_features", 0) and base.out_features):
+        raise TypeError(f"the base is {type(base).__name__}; want an nn.Linear, not empty")
+    if not all(type(size) is int and size > 0 for size in (rank, tasks)):
+        raise ValueError(f"rank = {rank!r}, tasks = {tasks!r}; want ints ≥ 1")
+    if not 0 < abs(scaling) < float("inf") or init not in ("zero", "random"):
+        raise ValueError(f"scaling {scaling}, init {init!r}; want finite ≠ 0, zero or random")
+    for side, V, n in (
+        ("V_A", subspace.A.V, base.in_features),
+        ("V_B", subspace.B.V, base.out_features),
+    ):
+        if matrix(V, side).shape[1] != n or not len(V):
+            hint = "; were all of its adapters 0?" if not len(V) else ""
+            raise ValueError(f"{side} is {tuple(V.shape)}; want (K, {n}), K ≥ 1{hint}")
+
+
+def task_ids(task: int | Sequence[int] | Tensor, tasks: int) -> int | Tensor:
+    """task as an int, or as an int64 tensor of one per sample; ValueError if it is neither."""
+    if isinstance(task, int) and not isinstance(task, bool):
+        if 0 <= task < tasks:
+            return task
+        raise no_task(task, tasks)
+    try:
+        ids = torch.as_tensor(task)
+    except (TypeError, ValueError, RuntimeError):
+        raise no_task(task, tasks) from None
+    whole = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
+    if not whole or ids.dim() > 1:
+        raise no_task(task, tasks)
+    ids = ids.long()
+    if torch.compiler.is_compiling():  # there are no values yet; torch refuses an index beyond
+        return ids
+    if not ((ids >= 0) & (ids < tasks)).all():
+        raise no_task(task, tasks)
+    return ids if ids.dim() else int(ids)
+
+
+def no_task(task: object, tasks: int) -> ValueError:
+    """The error for what is no task, or no list of tasks."""
+    wanted = f"an int from 0 to {tasks - 1}, or one for each sample"
+    hint = "for the base alone: a task with α_B = 0"
+    return ValueError(f"task = {task!r:.60}; want {wanted} ({hint})")
+
+
+def one_task(task: int, tasks: int) -> int:
+    """task, if it is one task and not one per sample; ValueError otherwise."""
+    ids = task_ids(task, tasks)
+    if isinstance(ids, Tensor):
+        raise ValueError(f"task = {task!r:.60}; want one int, not one for each sample")
+    return ids
+
+
+def refuse_unset(**tensors: Tensor) -> None:
+    """Raise ValueError if some tensors are on the meta device and others are not.
+
+    A weight that was offloaded is there, and torch's matmul would read unset memory for it.
+    """
+    meta = [name for name, X in tensors.items() if X.is_meta]
+    if meta and len(meta) < len(tensors):
+        raise ValueError(
+            f"{few(meta)} on the meta device (offloaded?), unlike the rest; want values"
+        )
+
+
+def is_plain(W: Tensor) -> bool:
+    """Whether ΔW can be added to W: not if it is quantised, or in float8 with a scale elsewhere."""
+    return W.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_mergeable(layer: EigenLoRAxLinear) -> None:
+    """Raise if the weight of a layer is not all that its base does."""
+    base = layer.base
+    if type(base).forward is not nn.Linear.forward:
+        raise TypeError(
+            f"the base is {type(base).__name__} with a forward of its own; want nn.Linear's"
+        )
+    if not is_plain(base.weight):
+        raise TypeError(f"the base weight is {base.weight.dtype}; want a float dtype, to add ΔW")

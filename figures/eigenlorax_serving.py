@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import common
-from eigenlorax import adapt, recycle, serving
+from eigenlorax import adapt, recycle, serving, set_task, to_bank
 
 FULL = dict(widths=[384, 768], layers=8, rank=8, K=16, noise=0.05, rounds=15)
 FULL |= dict(tasks=[1, 8, 64], tokens=[1, 32])
@@ -45,21 +45,16 @@ def ours(base: nn.Module, pairs: list[dict], setting: dict):
     """(call, bytes held beyond the base, relative error of the mean ΔW)."""
     subspaces = recycle(pairs, k=min(setting["K"], setting["rank"] * len(pairs)))
     model = copy.deepcopy(base)
-    modules = adapt(model, subspaces, setting["rank"], tasks=len(pairs))
+    layers = adapt(model, subspaces, setting["rank"], tasks=len(pairs))
     wrong = []
     for task, adapter in enumerate(pairs):
+        set_task(layers, task, adapter)
         for name, (B, A) in adapter.items():
-            modules[name].set_task(task, B, A)
-            B_0, A_0 = modules[name].pair(task)
+            B_0, A_0 = layers[name].pair(task)
             wrong.append(float((B @ A - B_0 @ A_0).norm() / (B @ A).norm()))
-    held = sum(t.numel() for m in modules.values() for t in (m.V_A, m.V_B, m.alpha_A, m.alpha_B))
-    ids = torch.arange(len(pairs))
-
-    def call(x: torch.Tensor) -> torch.Tensor:
-        with serving(modules, ids):
-            return model(x)
-
-    return call, 4 * held, sum(wrong) / len(wrong)
+    held = sum(tensor.numel() for tensor in to_bank(layers).values())
+    serving(layers, torch.arange(len(pairs))).__enter__()  # one block for all calls, as on a server
+    return model, 4 * held, sum(wrong) / len(wrong)
 
 
 def peft_lora(base: nn.Module, pairs: list[dict], setting: dict):

@@ -5,12 +5,13 @@ python figures/eigenlorax_vtab.py --measure --adapters DIR  measure every PEFT L
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 import common
-from eigenlorax import principal_components, project, reconstruct
+from eigenlorax import principal_components
 
 SIDES = {"A": 1, "B": 0}  # which half of the pair (B, A), turned so that its vectors are rows
 
@@ -30,23 +31,24 @@ def control(rows: list[torch.Tensor], generator: torch.Generator) -> list[torch.
 def energies(rows: list[torch.Tensor], ks: list[int]) -> dict:
     """Of one module and side: spectrum, held-out energy and reconstruction error at each K."""
     X = torch.cat(rows)
-    V, _, s = principal_components(X, center=False)
-    centred, mean, _ = principal_components(X, center=True)
+    plain, centred = (principal_components(X, center=center) for center in (False, True))
+    s = plain.singular_values
     error = {"uncentred": [], "centred, mean restored": [], "centred, mean dropped": []}
     for K in ks:
-        a, b = V[:K], centred[:K]
-        coded = project(X, b, mean)
+        a, b = replace(plain, V=plain.V[:K]), replace(centred, V=centred.V[:K])
+        restored = b.reconstruct(b.project(X))
         left = {
-            "uncentred": X - reconstruct(project(X, a), a),
-            "centred, mean restored": X - reconstruct(coded, b, mean),
-            "centred, mean dropped": X - reconstruct(coded, b),
+            "uncentred": X - a.reconstruct(a.project(X)),
+            "centred, mean restored": X - restored,
+            "centred, mean dropped": X - (restored - b.mean),
         }
         for name, rest in left.items():
             error[name].append(float(rest.norm() / X.norm()))
     held_out = []
     for i, x in enumerate(rows):
-        V, _, _ = principal_components(torch.cat(rows[:i] + rows[i + 1 :]), center=False)
-        held_out.append([float(project(x, V[:K]).norm() ** 2 / x.norm() ** 2) for K in ks])
+        others = principal_components(torch.cat(rows[:i] + rows[i + 1 :]), center=False)
+        part = others.project(x).square().sum(0).cumsum(0) / x.square().sum()
+        held_out.append([float(part[K - 1]) for K in ks])
     spectrum = (s.square().cumsum(0) / s.square().sum()).tolist()
     return {"spectrum": spectrum, "error": error, "held_out": held_out}
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from common import environment, one_line_errors, plotting, read_json, save_figure, write_json
-from eigenlorax import augment, principal_components, project
+from eigenlorax import augment, principal_components
 from hra import reflect
 from resora import METRICS, redundancy, regauge
 
@@ -90,12 +90,10 @@ def energy(plan: dict) -> dict:
         size = plan["adapters"], r
         noise = plan["noise"] * normal(g, *size, d)
         alike, apart = normal(g, *size, shared) @ common + noise, normal(g, *size, d)
-        others = [
-            principal_components(A[1:].flatten(0, 1), center=False)[0] for A in (alike, apart)
-        ]
+        others = [principal_components(A[1:].flatten(0, 1), center=False).V for A in (alike, apart)]
         bases = (alike, others[0]), (alike, augment(common[:0], d, g)), (apart, others[1])
         for row, (A, V) in zip(found.values(), bases, strict=True):
-            held = project(A[0], V).square().sum(0).cumsum(0) / A[0].square().sum()
+            held = (A[0] @ V.T).square().sum(0).cumsum(0) / A[0].square().sum()
             row.append([0.0, *(100 * held[: plan["most"]]).tolist()])
     kinds = {"mean": statistics.fmean, "least": min, "most": max}
     return {

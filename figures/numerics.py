@@ -100,7 +100,7 @@ def quantities(d: int, r: int, seed: int, dtype: torch.dtype) -> Iterator[tuple[
         wanted = resora.redundancy(B.double(), S.double(), metric)
         yield "ReSoRA", f"R {metric}", error(resora.redundancy(B, S, metric), wanted, 1.0)
     rows = torch.randn(3 * r, d, generator=generator).to(dtype)
-    V, _, _ = eigenlorax.principal_components(rows, center=False)
+    V = eigenlorax.principal_components(rows, center=False).V
     X = rows.double()
     found, kind = error((X @ V.double().T) @ V.double(), X)[0], V.dtype
     yield "EigenLoRAx", "components", (found, kind)

@@ -124,7 +124,7 @@ def adapted(method, model: nn.Module, r: int, targets: list[str] | None = None) 
 def subspace(K: int, d: int, o: int) -> eigenlorax.Subspace:
     """A Subspace of K components and no values."""
     with META:
-        return eigenlorax.Subspace(torch.empty(K, d), torch.empty(K, o), *torch.empty(4, 0), K)
+        return eigenlorax.Subspace(*(eigenlorax.directions(torch.empty(K, n)) for n in (d, o)))
 
 
 def eigen(model: nn.Module, K: int, r: int, targets: list[str] | None = None) -> nn.Module:

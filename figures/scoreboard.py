@@ -103,7 +103,8 @@ def recycled(base: nn.Linear, K: int, rank: int, tasks: int = 1) -> nn.Module:
     pair = torch.randn(o, K), torch.randn(K, d)
     subspace = eigenlorax.recycle([{"q": pair}], k=K)["q"]
     layer = eigenlorax.EigenLoRAxLinear(base, subspace, rank, tasks)
-    nn.init.normal_(layer.alpha_B, std=K**-0.5)
+    for alpha in layer.alpha_B:
+        nn.init.normal_(alpha, std=K**-0.5)
     return layer.to(base.weight.device)
 
 

@@ -37,7 +37,7 @@ def eps(dtype: torch.dtype) -> float:
 
 def within(error: float | Tensor, bound: float | Tensor) -> None:
     """Assert that a number ≥ 0 is finite and at most its bound, and note the share used."""
-    error, bound = float(error), float(bound)
+    error, bound = (float(torch.as_tensor(value).detach()) for value in (error, bound))
     assert 0 <= error < float("inf"), f"an error of {error}"
     assert 0 <= bound < float("inf"), f"a bound of {bound}"
     test = os.environ.get("PYTEST_CURRENT_TEST", "").partition(" ")[0]

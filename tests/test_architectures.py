@@ -162,7 +162,7 @@ def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
 def test_gpt2s_conv1d_is_refused(method):
     model = build("gpt2")[0]
     flags = [p.requires_grad for p in model.parameters()]
-    with pytest.raises(ValueError, match=r"ends in \['\.c_attn'\]; found: .*Conv1D"):
+    with pytest.raises(ValueError, match=r"c_attn.*Conv1D"):
         METHODS[method].adapt(model, {"c_attn": None})  # only the names are looked at
     assert isinstance(model.transformer.h[0].attn.c_attn, Conv1D)
     assert flags == [p.requires_grad for p in model.parameters()]
@@ -202,11 +202,12 @@ def test_an_architecture_lives_with_a_method(name, method, tmp_path):
     after = outputs_of(model, batch)
     assert (after - before).abs().max() > 0.01 * before.abs().max()
     (after.square().mean() + penalty()).backward()
+    other = ".1" if method == "eigenlorax" else "none"  # the other task was not asked
+    asked = {n: p for n, p in trained.items() if not n.endswith(other)}
     for n, p in model.named_parameters():
-        assert (p.grad is not None) == (n in trained), n
-    for n, p in trained.items():
-        task = p.grad[:1] if method == "eigenlorax" else p.grad  # the other task was not asked
-        assert p.grad.isfinite().all() and task.abs().max() > 0, n
+        assert (p.grad is not None) == (n in asked), n
+    for n, p in asked.items():
+        assert p.grad.isfinite().all() and p.grad.abs().max() > 0, n
 
     save_file({n: p.detach() for n, p in trained.items()}, tmp_path / "adapter.safetensors")
     again = copy.deepcopy(bare)

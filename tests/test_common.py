@@ -5,7 +5,6 @@ import os
 import pickle
 import shutil
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -337,76 +336,15 @@ def test_bad_adapter_folders_are_named(tmp_path):
         common.LazyAdapter(tmp_path)
 
 
-def test_a_bank_comes_back_as_it_was(tmp_path):
-    adapters = []
-    for seed in range(3):
-        save_lora(tmp_path / str(seed), seed=seed)
-        adapters.append(common.LazyAdapter(tmp_path / str(seed)))
-    model = tiny_vit()
-    subspaces = eigenlorax.recycle(adapters, k=4)
-    modules = eigenlorax.adapt(model, subspaces, rank=2, tasks=3, scaling=0.5)
-    next(iter(modules.values())).scaling = 2.0
-    for task, adapter in enumerate(adapters):
-        for name, module in modules.items():
-            module.set_task(task, *adapter[name])
-    common.save_bank(tmp_path / "bank.safetensors", subspaces, modules)
-    again, loaded = common.load_bank(tmp_path / "bank.safetensors", tiny_vit())
-    for name, module in modules.items():
-        for task in range(3):
-            for ours, theirs in zip(module.pair(task), loaded[name].pair(task), strict=True):
-                assert torch.equal(ours, theirs)
-        assert torch.equal(again[name].V_A, subspaces[name].V_A)
-        assert again[name].count == subspaces[name].count == 6
-    grown = eigenlorax.update(again, adapters[:1])  # a loaded bank can go on growing
-    assert {s.count for s in grown.values()} == {8}
-
-
-def test_a_bank_whose_parts_do_not_fit_is_neither_saved_nor_loaded(tmp_path):
-    save_lora(tmp_path / "one")
-    model, adapters = tiny_vit(), [common.LazyAdapter(tmp_path / "one")]
-    subspaces = eigenlorax.recycle(adapters)
-    modules = eigenlorax.adapt(model, subspaces, rank=2)
-    name = next(iter(modules))
-    turned = {n: replace(s, V_A=-s.V_A) for n, s in subspaces.items()}
-    file = tmp_path / "bank.safetensors"
-    with pytest.raises(ValueError, match="V_A differs from its subspace's"):
-        common.save_bank(file, turned, modules)
-    assert not file.exists()
-    for spoil in (
-        lambda m: setattr(m, "scaling", float("inf")),
-        lambda m: setattr(m, "alpha_A", nn.Parameter(m.alpha_A[:, :1])),
-    ):
-        copies = eigenlorax.adapt(tiny_vit(), subspaces, rank=2)
-        spoil(copies[name])
-        common.save_bank(file, subspaces, copies)
-        untouched = tiny_vit()
-        with pytest.raises(ValueError, match=rf"bank.safetensors: found .*{name}"):
-            common.load_bank(file, untouched)
-        assert not any(isinstance(m, eigenlorax.EigenLoRAxLinear) for m in untouched.modules())
-    sigma = subspaces[name].singular_values_A
-    for wrong in (
-        {"count": "x"},
-        {"center": 1},
-        {"dropped_A": -1.0},
-        {"singular_values_A": sigma.flip(0)},
-        {"mean_B": torch.zeros(2)},
-    ):
-        spoiled = {name: replace(subspaces[name], **wrong)}
-        common.save_bank(file, subspaces | spoiled, modules)
-        with pytest.raises(ValueError, match=rf"bank.safetensors: found .*{name}"):
-            common.load_bank(file, tiny_vit())
-
-
-def test_a_file_that_is_no_bank_is_refused(tmp_path):
-    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match=r"other\.safetensors is not a bank"):
-        common.load_bank(tmp_path / "other.safetensors", tiny_vit())
-    with pytest.raises(ValueError, match="is not a bank"):
-        common.load_bank(tmp_path / "nothing", tiny_vit())
-    for about in ("{}", "[", '{"x": {"scaling": 1, "subspace": {}}}'):
-        save_file({"x:V_A": torch.zeros(1)}, tmp_path / "b.safetensors", metadata={"bank": about})
-        with pytest.raises(ValueError, match=r"b\.safetensors is not a bank"):
-            common.load_bank(tmp_path / "b.safetensors", tiny_vit())
+def test_adapters_of_two_base_models_are_not_read_together(tmp_path):
+    for name, base in (("a", "bert"), ("b", "bert"), ("c", "vit")):
+        save_lora(tmp_path / name)
+        file = tmp_path / name / "adapter_config.json"
+        config = common.read_json(file) | {"base_model_name_or_path": base}
+        file.write_text(json.dumps(config))
+    assert len(common.adapters_of_one_base([tmp_path / "a", tmp_path / "b"])) == 2
+    with pytest.raises(ValueError, match=r"adapters of 2 base models \(.*: bert; .*: vit\)"):
+        common.adapters_of_one_base(tmp_path / name for name in "abc")
 
 
 # ---------------------------------------------------------------- training, scoring, methods
@@ -536,12 +474,9 @@ def test_an_unknown_method_is_an_error():
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    """A folder with a sound adapter, and a bank made of it."""
+    """A folder with a sound adapter."""
     folder = tmp_path_factory.mktemp("whole")
     save_lora(folder / "adapter")
-    subspaces = eigenlorax.recycle([common.LazyAdapter(folder / "adapter")])
-    modules = eigenlorax.adapt(tiny_vit(), subspaces, rank=2)
-    common.save_bank(folder / "bank.safetensors", subspaces, modules)
     return folder
 
 
@@ -549,15 +484,9 @@ def read_adapter(folder: Path) -> list:
     return [factor for pair in common.LazyAdapter(folder / "adapter").values() for factor in pair]
 
 
-def read_bank(folder: Path) -> list:
-    modules = common.load_bank(folder / "bank.safetensors", tiny_vit())[1]
-    return [factor for m in modules.values() for factor in m.pair()]
-
-
 READERS = {
     "adapter/adapter_model.safetensors": read_adapter,
     "adapter/adapter_config.json": read_adapter,
-    "bank.safetensors": read_bank,
 }
 
 
@@ -620,7 +549,7 @@ def test_names_that_climb_out_of_a_folder_are_only_names(tmp_path):
     save_file(tensors, tmp_path / "in" / "adapter" / "adapter_model.safetensors")
     (tmp_path / "in" / "adapter" / "adapter_config.json").write_text('{"r": 1, "lora_alpha": 1}')
     subspaces = eigenlorax.recycle([common.LazyAdapter(tmp_path / "in" / "adapter")])
-    with pytest.raises(ValueError, match="no layer's name ends in"):
+    with pytest.raises(ValueError, match="no layer is named"):
         eigenlorax.adapt(tiny_vit(), subspaces)
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
 
@@ -646,9 +575,3 @@ def test_a_header_that_claims_more_than_the_file_holds_costs_no_memory(whole, tm
     spoiled = len(header).to_bytes(8, "little") + header + bytes(16)
     assert not survives(whole, tmp_path / "copy", name, spoiled)
     assert not survives(whole, tmp_path / "copy", name, (2**63).to_bytes(8, "little") + header)
-
-
-def test_a_bank_that_nests_too_deep_is_refused(tmp_path):
-    save_file({"x:V_A": torch.ones(1)}, tmp_path / "bank.safetensors", {"bank": "[" * 100_000})
-    with pytest.raises(ValueError, match="bank.safetensors is not a bank"):
-        read_bank(tmp_path)

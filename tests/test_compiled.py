@@ -60,11 +60,11 @@ def resora_step(metric: str | None, level: str = "feature", samples: int = 64) -
     return Step(model, resora.ReSoRA(model, metric, level, samples=samples).penalty)
 
 
-def eigenlorax_step(task) -> Step:
+def eigenlorax_step() -> Step:
     normal = lambda *size: torch.randn(*size, dtype=torch.float64, generator=seeded(3))  # noqa: E731
     subspace = eigenlorax.recycle([{"q": (normal(8, 6), normal(6, 12))}], k=5)["q"]
-    options = dict(rank=2, tasks=3, init="random", generator=seeded(4))
-    return Step(eigenlorax.EigenLoRAxLinear(base(), subspace, **options), task=task)
+    options = dict(rank=2, init="random", generator=seeded(4))
+    return Step(eigenlorax.EigenLoRAxLinear(base(), subspace, **options))
 
 
 STEPS = {
@@ -75,8 +75,7 @@ STEPS = {
     **{f"ReSoRA {m}": (lambda m=m: resora_step(m)) for m in resora.METRICS},
     **{f"ReSoRA {m} weight": (lambda m=m: resora_step(m, "weight")) for m in resora.METRICS},
     "ReSoRA nonlinear, drawn": lambda: resora_step("nonlinear", samples=16),
-    "EigenLoRAx": lambda: eigenlorax_step(1),
-    "EigenLoRAx mixed": lambda: eigenlorax_step(torch.arange(40) % 3),
+    "EigenLoRAx": eigenlorax_step,
 }
 
 

@@ -27,7 +27,7 @@ def rows(docstring: str) -> list[list[str]]:
     return cells[1:]
 
 
-def sizes(seed: int, letters: str | list[str]) -> dict[str, int]:
+def sizes(seed: int, letters: str) -> dict[str, int]:
     """A different prime for each letter."""
     return dict(zip(letters, random.Random(seed).sample(PRIMES, len(letters)), strict=True))
 
@@ -65,38 +65,35 @@ def resora_symbols(n: dict[str, int]) -> dict[str, object]:
 
 
 def eigenlorax_symbols(n: dict[str, int]) -> dict[str, object]:
-    """{here: the object} for d, o, K, r, tasks and m; n is d, as for the rows of A."""
+    """{here: the object} for d, o, K, r and m; n is d, as for the rows of A."""
     least = min(n, key=n.get)  # there are no more components than rows
     n["K"], n[least] = n[least], n["K"]
     n["n"] = n["d"]
     ranks = [1, n["m"] - 1]
     adapters = [{"q": (torch.randn(n["o"], r), torch.randn(r, n["d"]))} for r in ranks]
     subspace = eigenlorax.recycle(adapters, k=n["K"])["q"]
-    assert subspace.singular_values_A.shape == subspace.singular_values_B.shape == (n["K"],)
-    stack = torch.cat([A for adapter in adapters for _, A in adapter.values()])
-    _, mean, singular_values = eigenlorax.principal_components(stack)
-    base = nn.Linear(n["d"], n["o"])
-    m = eigenlorax.EigenLoRAxLinear(base, subspace, n["r"], n["tasks"])
+    rows = torch.cat([A for adapter in adapters for _, A in adapter.values()])
+    m = eigenlorax.EigenLoRAxLinear(nn.Linear(n["d"], n["o"]), subspace, n["r"], tasks=2)
     wider = eigenlorax.recycle(adapters, k=n["K"], pseudo=(pseudo := 1))["q"]
-    assert len(wider.V_A) == n["K"] + pseudo
+    assert len(wider.A.V) == n["K"] + pseudo
     return {
-        "weight": m.weight,
+        "base.weight": m.base.weight,
         "V_A": m.V_A,
         "V_B": m.V_B,
-        "alpha_A": m.alpha_A,
-        "alpha_B": m.alpha_B,
-        "rows": stack,
-        "mean": mean,
-        "singular_values": singular_values,
-        "pseudo": pseudo,
+        "alpha_A[task]": m.alpha_A[1],
+        "alpha_B[task]": m.alpha_B[1],
+        "rows": rows,
+        "mean": subspace.A.mean,
+        "singular_values": subspace.A.singular_values,
         "scaling": m.scaling,
+        "pseudo": pseudo,
     }
 
 
-METHODS: dict[str, tuple[str | list[str], Callable]] = {
+METHODS: dict[str, tuple[str, Callable]] = {
     "hra": ("dor", hra_symbols),
     "resora": ("dorN", resora_symbols),
-    "eigenlorax": (["d", "o", "K", "r", "tasks", "m"], eigenlorax_symbols),
+    "eigenlorax": ("doKrm", eigenlorax_symbols),
 }
 
 
