@@ -5,20 +5,21 @@
 # moved all the others, as they shared a tensor; an update kept less than the share asked for.
 r"""EigenLoRAx — recycle the LoRA adapters you have; train only coefficients in their subspace.
 
-A LoRA of one linear layer is a pair (B (o, r), A (r, d)) with ΔW = B A. Take the adapters that
-others trained for many tasks. Stack the rows of their A, and keep the K principal directions V_A
-of the stack; do the same with the columns of their B. A new task then needs no new directions, only
-how much of each:
+A LoRA of one linear layer with d inputs and o outputs is a pair (B (o, r), A (r, d)): it adds
+ΔW = B A to the weight. Take the adapters that others trained for many tasks. Stack the rows of
+their A, and keep the K principal directions V_A of the stack; do the same with the columns of their
+B. A new task then needs no new directions, only how much of each:
 
-    ΔW(task) = s · V_Bᵀ α_B α_Aᵀ V_A                                                    [Sec. 3.2]
+    ΔW(task) = s · V_Bᵀ α_B α_Aᵀ V_A                          [Sec. 3.2, as read in departure 1]
 
     subspaces = recycle(adapters, k=32)  # adapters: [{layer name: (B, A)}, …]
     layers = adapt(model, subspaces, rank=4)
     loss = task_loss(model(x))  # `adapt` froze everything but the α
     merge(model)  # after training: plain Linears again
 
-The recycled adapters have m rows of A, the sum of their ranks; r is the rank of the new LoRA, and K
-the number of directions that are kept, which may differ for A and for B.
+The recycled adapters have m rows of A, the sum of their ranks. K is the number of directions, which
+may differ for A and for B. r is the rank of the new LoRA. (The paper's App. A.2 calls r the number
+of columns of α; for r ≤ K that is the same thing.)
 
 Symbols (rows, columns). torch's weight is (out, in), here (o, d).
   paper | here              | shape  | meaning
@@ -30,7 +31,7 @@ Symbols (rows, columns). torch's weight is (out, in), here (o, d).
   Ŵ     | rows              | (m, n) | all rows of A (n = d), or all columns of B (n = o)
   μ     | mean              | (n,)   | mean of the rows where they are centred, else zero
   σ     | singular_values   | (K,)   | of the rows, descending
-  s     | scaling           | number | LoRA's lora_alpha / r; it is not one of the coefficients α
+  s     | scaling           | number | LoRA's lora_alpha / r, absent in the paper; it is no α
   P     | pseudo            | number | random directions that `recycle` appends to V
 
 Where this file departs from the paper, and why:
@@ -44,7 +45,10 @@ Where this file departs from the paper, and why:
   5. Where the paper uses a randomised SVD, this one is exact.
 
 How to read: 1 components (Algorithm 1), 2 many adapters, 3 the layer, 4 a whole model,
-5 PEFT's adapters, 6 numerics. A sentence that begins with "Claim" has a test of its number.
+5 PEFT's adapters, 6 numerics. A sentence that begins with "Claim" has a test of its number; the
+numbers are names. Of part 6, `matrix`, `checked` and `listed` return their argument or raise an
+error that says what is wrong with it, `naming` puts a layer's name before such an error, and
+`normal`, `energy_of`, `at_least_float32`, `full_precision` are what their names say.
 """
 
 import re
@@ -63,7 +67,8 @@ Rule = int | float | str | None  # how many components: see `choose_k`
 #
 # Which K directions lose least of a stack X (m, n)? Write its singular value decomposition as
 # X = U Σ V. From here on the rows of V are the right singular vectors (most books write Vᵀ), and
-# V_K (K, n) is the first K of them. X = Σᵢ σᵢ·uᵢvᵢ is a sum of orthogonal parts of size σᵢ, so
+# V_K (K, n) is the first K of them. ‖·‖ is the Frobenius norm, ‖X‖² the sum of all squares: the
+# energy of X. X = Σᵢ σᵢ·uᵢvᵢ is a sum of orthogonal parts of energy σᵢ², so
 #     ‖X − X V_KᵀV_K‖² = σ²_{K+1} + σ²_{K+2} + …,
 # and no K directions lose less (Eckart and Young).
 #
@@ -75,12 +80,12 @@ Rule = int | float | str | None  # how many components: see `choose_k`
 class Components:
     """The K principal directions of a stack of rows, and how much of the stack they hold.
 
-    V (K, n)              orthonormal rows; pseudo-components stand below the principal ones
+    V (K, n)              orthonormal rows; (K + p, n) if p pseudo-components stand below them
     singular_values (K,)  descending, one for each row of V that came from data
     mean (n,)             what was subtracted from every row; zero unless centred
-    energy                Σσ² over all the σ of the stack: its squared length, after centring
+    energy                of the whole stack after centring: Σσ² over all its σ, kept or not
 
-    Claim 3. What K components leave of a stack has the squared length energy − Σσ², whatever K.
+    Claim 3. The K principal components of a stack leave energy − Σσ² of it, whatever K.
     """
 
     V: Tensor
@@ -89,7 +94,7 @@ class Components:
     energy: float
 
     def project(self, rows: Tensor) -> Tensor:
-        """The coefficients (m, K) that bring V nearest to rows (m, n), in V's dtype."""
+        """The coefficients c (m, K) for which c V (plus the mean) is nearest to rows (m, n)."""
         return (matrix(rows, "rows").to(self.V) - self.mean) @ self.V.T
 
     def reconstruct(self, coefficients: Tensor) -> Tensor:
@@ -112,19 +117,20 @@ def choose_k(
     a float in (0, 1]  the fewest whose Σσ² is at least this share of `energy` (of all Σσ²)
     "gavish-donoho"  every σᵢ above ω·median, see `noise_threshold`
 
-    A centred stack counts as m − 1 rows. If all σ together hold less than the share, because an
-    `update` lost some energy, all are kept. Raises ValueError for another rule, and for K = 0 or K
-    above the numerical rank.
+    Of a centred stack, give one σ and one row less: its rows add up to 0. `energy` is by default
+    that of the given σ; if even all of them hold less than the share, all are kept. Raises
+    ValueError for another rule, and where it asks for no component or for more than the numerical
+    rank. (None may answer 0: a stack of zeros has no direction.)
 
     Claim 11. K by a share is the least K that holds it; Gavish and Donoho's K is the planted rank
-    where white noise covers a low rank, and their ω is good to 0.02.
+    where a low rank stands well above white noise, and the cubic is within 0.02 of their ω.
 
     >>> choose_k(torch.tensor([3.0, 1.0, 0.0]), 0.9, (3, 8))  # 9 of 9 + 1 is a share of 0.9
     1
     """
     sigma = singular_values
     fits = sigma.dim() == 1 and sigma.is_floating_point() and sigma.isfinite().all()
-    if not fits or not (sigma.diff(append=sigma.new_zeros(1)) <= 0).all():
+    if not fits or not (sigma.diff(append=sigma.new_zeros(1)) <= 0).all():  # the last is ≥ 0
         raise ValueError(f"singular values {sigma.tolist()!r:.80}; want finite ones, descending")
     rank = int((sigma > max(shape) * torch.finfo(sigma.dtype).eps * sigma[:1]).sum())
     if rule is None:
@@ -143,55 +149,60 @@ def choose_k(
 
 
 def noise_threshold(shape: tuple[int, int]) -> float:
-    """ω: singular values of white noise stay below ω times their median. [arXiv:1305.5870]
+    """ω(β): keep the σᵢ above ω times the median σ.                              [arXiv:1305.5870]
 
-    This cubic in β, the quotient of the stack's sides, is that paper's fit. White noise is a model:
-    on real adapters the rule is a heuristic.
+    This cutoff has the least squared error, in the limit of large stacks, for a low rank in white
+    noise. The cubic in β, the quotient of the stack's sides, is that paper's fit of it. White noise
+    is a model: on real adapters the rule is a heuristic.
     """
     β = min(shape) / max(shape)
     return 0.56 * β**3 - 0.95 * β**2 + 1.82 * β + 1.43
 
 
-# How to compute V_K. By definition: by the SVD. This is the slow twin, and what float64 rows get.
-# Faster, if X is long or wide: XXᵀ = U Σ² Uᵀ and XᵀX = Vᵀ Σ² V, so the eigenvectors of the smaller
-# of the two Gram matrices are U or V. From U follow the rows of UᵀX = ΣV, each along a vᵢ. Squaring
-# halves the digits: an eigenvalue σᵢ² in float64 is good to about 1e-16·σ₁², so σᵢ < 1e-8·σ₁ is
-# noise. The rank of float32 rows is cut at 1e-7·σ₁ or above, so for them that is enough; for
-# float64 rows, whose rank is cut at 1e-16·σ₁, it is not.
+# How to compute V_K. `by_svd` is the definition, and what float64 rows get. `by_gram` gives the
+# same and is faster, if X is long or wide: XXᵀ = U Σ² Uᵀ and XᵀX = Vᵀ Σ² V, so the eigenvectors of
+# the smaller of these two Gram matrices are U or V. If they are U, the rows of UᵀX = ΣV are σᵢvᵢ.
+# Squaring halves the digits: an eigenvalue σᵢ² in float64 is good to about 1e-16·σ₁², so that a σᵢ
+# below 1e-8·σ₁ is noise. The rank of float32 rows is cut at 1e-7·σ₁ or above, so for them that is
+# enough; for float64 rows, whose rank is cut near 1e-16·σ₁, it is not.
 
 
-def by_svd(X: Tensor, k: Rule, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """σ (K,) and V_K (K, n) of X (m, n), by definition."""
+def by_svd(X: Tensor, k: Rule, free: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """σ (K,) and V_K (K, n) of X (m, n). free is X's shape, one row less if X is centred."""
     _, sigma, V = torch.linalg.svd(X, full_matrices=False)
-    K = choose_k(sigma[: min(shape)], k, shape)
+    K = choose_k(sigma[: min(free)], k, free)
     return sigma[:K], V[:K]
 
 
-def by_gram(X: Tensor, k: Rule, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def by_gram(X: Tensor, k: Rule, free: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """The same through the smaller Gram matrix, for float32 numbers X (m, n) held in float64."""
     wide = X.shape[0] < X.shape[1]
     G = X @ X.T if wide else X.T @ X
     squares, E = torch.linalg.eigh(G)  # ascending; the eigenvectors are columns
     sigma = squares.flip(0).clamp(min=0).sqrt()
-    K = choose_k(sigma[: min(shape)].float(), k, shape)
+    K = choose_k(sigma[: min(free)].float(), k, free)
     E = E.flip(1)[:, :K].T  # (K, m) or (K, n): the first K eigenvectors, as rows
-    along = E @ X if wide else E  # (K, n), row i along vᵢ
-    V = torch.linalg.qr(along.T).Q.T  # they are orthogonal; qr gives them length 1
+    along = E @ X if wide else E  # (K, n), row i is σᵢvᵢ or vᵢ, orthogonal but for rounding
+    V = torch.linalg.qr(
+        along.T
+    ).Q.T  # orthogonal and of length 1; qr may turn a sign, which is free
     return sigma[:K], V
 
 
 def principal_components(rows: Tensor, k: Rule = None, center: bool = True) -> Components:
     """The principal components of rows (m, n), as many as `choose_k` says.          [Algorithm 1]
 
-    center=True is Algorithm 1 as printed: V and μ, apart. V alone then lacks μ; with its residual
-    as one row more, cat([V, normalize(μ − μVᵀV)]), V holds every row again (our remark).
+    center=True, the default, is Algorithm 1 (as read in departure 2): V and μ, apart. Such a V does
+    not hold the rows themselves; if all components are kept, it does with one row more, the unit
+    vector along μ − μVᵀV (our remark). `recycle` does not centre.
     The computation is in float64 on the CPU; the answer is at least float32, on the rows' device.
-    Raises ValueError for nan, inf, or a k that `choose_k` refuses.
+    Rows in half precision have their rounding as further directions: give a k. Raises ValueError
+    for nan, inf, or a k that `choose_k` refuses.
 
     Claim 1. V has orthonormal rows, and asking for more of them than the numerical rank is an error
     that names the rank.
-    Claim 2. The singular values are those of an SVD in float64: within eps·σ₁²/σᵢ of them for
-    float32 rows, within eps·max(m, n)·σ₁ for float64 rows, where eps is that of the rows.
+    Claim 2. The singular values are those of an SVD in float64, up to max(m, n)·ε·σ₁²/σᵢ with the ε
+    of float64, and up to their own rounding.
 
     >>> found = principal_components(torch.tensor([[3.0, 4.0], [6.0, 8.0]]), center=False)
     >>> found.V.abs(), found.singular_values.square()
@@ -203,7 +214,7 @@ def principal_components(rows: Tensor, k: Rule = None, center: bool = True) -> C
         raise ValueError(f"rows ({m}, {n}); want at least one row of at least one number")
     mean = X.mean(0) if center else X.new_zeros(n)
     X = X - mean
-    free = m - 1 if center else m  # centred rows add up to 0, so that one follows from the others
+    free = m - 1 if center else m  # centred rows add up to 0: one follows from the others
     decompose = by_svd if rows.dtype == torch.float64 else by_gram
     sigma, V = decompose(X, k, (free, n))
     like = torch.empty(0, dtype=at_least_float32(rows.dtype), device=rows.device)
@@ -217,7 +228,8 @@ def augment(V: Tensor, p: int, generator: torch.Generator | None = None) -> Tens
     distribution and made orthonormal by qr, which is a stable Gram–Schmidt. Raises ValueError
     unless 0 ≤ p ≤ n − K.
 
-    Claim 6. Up to n − K pseudo-components are orthonormal to V and to each other, to rounding.
+    Claim 6. Up to n − K pseudo-components are orthogonal to V and orthonormal among themselves, to
+    rounding.
 
     >>> augment(torch.tensor([[0.0, 1.0]]), 1)[1].abs()
     tensor([1., 0.])
@@ -257,12 +269,14 @@ def recycle(
     """{layer name: Subspace} of adapters, each of them {layer name: (B (o, r), A (r, d))}.
 
     k is `choose_k`'s rule, for each stack; pseudo is the p of `augment`. An adapter need not have
-    every layer. One that reads a pair when asked for it (from a file) is asked layer by layer. The
-    stacks are not centred, as the mean of A's rows is another one for other factors of the same ΔW,
-    such as those of claim 8. Raises ValueError for no adapter, shapes that do not fit, nan and inf,
-    and for a k above the numerical rank; TypeError for what is no list of such mappings.
+    every layer, and ranks may differ. A mapping that reads from a file when it is asked for a layer
+    is asked for one layer at a time. The stacks are not centred: other factors of the same ΔW, such
+    as those of claim 8, have another mean. Raises ValueError for no adapter, shapes that do not
+    fit, nan and inf, and for a k above the numerical rank; TypeError for what is no list of such
+    mappings.
 
-    Claim 5. The error of the recycled adapters never grows with K, and is zero at full rank.
+    Claim 5. The error of a recycled adapter, ‖ΔW − V_BᵀV_B ΔW V_AᵀV_A‖, never grows with K, and is
+    zero at full numerical rank.
     Claim 8. Ranks may differ, and (BQ, QᵀA) with an orthogonal Q recycles to the same subspace.
 
     >>> B, A = torch.tensor([[1.0], [2.0], [2.0]]), torch.tensor([[3.0, 4.0]])
@@ -273,12 +287,17 @@ def recycle(
     subspaces = {}
     for name, rows, columns in stacks(adapters):
         with naming(name):
-            A = principal_components(rows, k, center=False)
-            B = principal_components(columns, k, center=False)
-            A.V = augment(A.V, pseudo, generator)
-            B.V = augment(B.V, pseudo, generator)
-        subspaces[name] = Subspace(A, B)
+            found = subspace_of(rows, columns, k)
+            found.A.V = augment(found.A.V, pseudo, generator)
+            found.B.V = augment(found.B.V, pseudo, generator)
+        subspaces[name] = found
     return subspaces
+
+
+def subspace_of(rows: Tensor, columns: Tensor, k: Rule) -> Subspace:
+    """The components of all rows of A (m, d) and of all columns of B (m, o), not centred."""
+    A = principal_components(rows, k, center=False)
+    return Subspace(A, principal_components(columns, k, center=False))
 
 
 def stacks(adapters: Iterable[Mapping[str, Pair]]) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -297,32 +316,34 @@ def stacks(adapters: Iterable[Mapping[str, Pair]]) -> Iterator[tuple[str, Tensor
 
 
 def stack(parts: list[Tensor]) -> Tensor:
-    """Rows of rows (r, n) as one matrix (m, n), in float32 if any of them is less than float64.
+    """Matrices (r, n), one below the other (m, n), in float32 if any of them is less than float64.
 
-    Else the rounding of the coarser ones would count as directions.
+    In float64 the float32 rounding of some of them would count as further directions.
     """
     if any(X.dtype != torch.float64 for X in parts):
         parts = [X.float() for X in parts]
     return torch.cat(parts)
 
 
-# Adapters that come later. The stack itself need not be kept: the K rows ΣV stand for it, because
-# (ΣV)ᵀ(ΣV) = VᵀΣ²V = XᵀX, and XᵀX is all that V and σ depend on. This is exact if only rounding was
-# dropped. If more was, XᵀX = VᵀΣ²V + R, where R, what was dropped, only adds: yᵀRy ≥ 0. So
-#     ‖X V'ᵀ‖² ≥ ‖ΣV V'ᵀ‖² for any new directions V',
-# and energy − Σσ² is an upper bound on what V' misses of all the rows ever stacked. A share k of
-# the energy can always be kept: if Σσ² ≥ k·energy before, then new rows of energy e add e to what
-# can be held, and k·e ≤ e to what must be held. (K grows in return.)
+# Adapters that come later. V and σ depend on the stack X only through XᵀX, so that the stack itself
+# need not be kept: the K rows diag(σ)V stand for it, since (diag(σ)V)ᵀdiag(σ)V = XᵀX if only
+# rounding was dropped. If more was, XᵀX = (diag(σ)V)ᵀdiag(σ)V + R, where R, what was dropped, only
+# adds: yᵀRy ≥ 0 for every y. Let V' and σ' be those of diag(σ)V with new rows Y below it. They hold
+# ‖X V'ᵀ‖² + ‖Y V'ᵀ‖² of all the rows, which is at least ‖diag(σ)V V'ᵀ‖² + ‖Y V'ᵀ‖² = Σσ'². So V'
+# misses at most energy − Σσ'². The next update adds another R, and the same follows again.
+#     A share can be kept for ever: where Σσ² was at least a share of the energy, new rows of energy
+# e add e to what can be held, and no more than e to what must be held. K grows for it.
 
 
 def append(old: Components, rows: Tensor, k: Rule) -> Components:
-    """The components of `old`'s stack with rows (m, n) below it, K by `choose_k`."""
-    sigma = old.singular_values
-    stands_for = sigma[:, None] * old.V[: len(sigma)]  # (K, n); pseudo-components are left out
-    rows = rows.to(old.V)
+    """The components of `old`'s stack, uncentred, with rows (m, n) below it; K by `choose_k`."""
     if rows.shape[1] != old.V.shape[1]:
         raise ValueError(f"rows {tuple(rows.shape)}; want (m, {old.V.shape[1]}), as before")
-    X = torch.cat([stands_for, rows])
+    if old.mean.any() or k == "gavish-donoho":
+        raise ValueError("want uncentred components, and a k that is None, an int or a share")
+    sigma = old.singular_values
+    stands_for = sigma[:, None] * old.V[: len(sigma)]  # (K, n); pseudo-components are left out
+    X = stack([stands_for, rows.to(old.V.device)])
     every = principal_components(X, None, center=False)
     energy = old.energy + energy_of(rows)
     K = choose_k(every.singular_values, k, X.shape, energy)
@@ -334,37 +355,36 @@ def update(
 ) -> dict[str, Subspace]:
     """What `recycle` gives for old and new adapters together, without the old ones.
 
-    Layers that the new adapters lack stay as they are; new ones join. Pseudo-components go: call
-    `augment` again. The coefficients of a task move by new.set_task(task, *old.pair(task)). Raises
-    what `recycle` raises.
+    k is None, an int or a share. Layers that the new adapters lack stay as they are; new ones join.
+    The other layers lose their pseudo-components: call `augment` again. Raises what `recycle` does.
 
     Claim 7. An update equals starting over while nothing was dropped. After any number of truncated
-    updates the error is at most energy − Σσ², so that a share k of the energy is kept.
+    updates V misses at most energy − Σσ² of all the rows ever stacked, and where every step kept a
+    share k of the energy, Σσ² is at least that share.
     """
     grown = dict(subspaces)
     for name, rows, columns in stacks(adapters):
         with naming(name):
             if name in subspaces:
                 old = subspaces[name]
-                A, B = append(old.A, rows, k), append(old.B, columns, k)
+                grown[name] = Subspace(append(old.A, rows, k), append(old.B, columns, k))
             else:
-                A = principal_components(rows, k, center=False)
-                B = principal_components(columns, k, center=False)
-        grown[name] = Subspace(A, B)
+                grown[name] = subspace_of(rows, columns, k)
     return grown
 
 
 # -------------------------------------------------------------------------------- 3. the layer
 #
-# Any ΔW with the row space of V_A and the column space of V_B is V_Bᵀ M V_A for a core M (K, K). A
-# LoRA of rank r has the core M = α_B α_Aᵀ, and B = s·V_Bᵀ α_B, A = α_Aᵀ V_A are its factors.
+# If the rows of a ΔW are combinations of V_A's rows, and its columns of V_B's rows, then ΔW is
+# V_Bᵀ M V_A for a core M (K_B, K_A). A LoRA of rank r has the core M = s·α_B α_Aᵀ, and its factors
+# are B = s·V_Bᵀ α_B and A = α_Aᵀ V_A. (α_A is the transpose of the coefficients of A's rows.)
 #
 # Served one task, a layer is a LoRA: B and A are formed, then y = W₀x + B A x. Served one task per
 # sample, that would take a B and an A per sample. There the samples share the two products with V,
-# and each has its own α between them: x → V_A x (K) → α_Aᵀ · (r) → α_B · (K) → V_Bᵀ · (o).
+# and each has its own α between them: x → V_A x (K_A) → α_Aᵀ · (r) → α_B · (K_B) → V_Bᵀ · (o).
 #
-# Training starts at ΔW = 0, as α_B = 0, yet it starts: with G the gradient of the loss on ΔW, that
-# on α_B is s·V_B G V_Aᵀ α_A, which is not 0 for random α_A.
+# Training starts at ΔW = 0, because α_B = 0. There the gradient of α_A is 0, but that of α_B is
+# s·V_B G V_Aᵀ α_A, with G (o, d) the gradient of ΔW. As α_A is random, it is not 0.
 
 
 class EigenLoRAxLinear(nn.Module):
@@ -383,8 +403,9 @@ class EigenLoRAxLinear(nn.Module):
     None: call zero_grad(), not zero_grad(set_to_none=False). Raises ValueError or TypeError for
     arguments that do not fit.
 
-    Claim 9. ΔW(task) = s·V_Bᵀ α_B α_Aᵀ V_A, merging changes no output, and a new task has ΔW = 0.
-    Claim 12. In a batch of mixed tasks each sample gets what it gets alone.
+    Claim 9. ΔW(task) = s·V_Bᵀ α_B α_Aᵀ V_A, merging changes outputs only by rounding, and with
+    init="zero" a new task has ΔW = 0.
+    Claim 12. In a batch of mixed tasks each sample gets, to rounding, what it gets alone.
     Claim 13. While some tasks train, with weight decay and momentum, the others keep every bit.
 
     >>> B, A = torch.tensor([[1.0], [2.0], [2.0]]), torch.tensor([[3.0, 4.0]])  # as at `recycle`
@@ -410,15 +431,14 @@ class EigenLoRAxLinear(nn.Module):
     ) -> None:
         super().__init__()
         check_options(base, subspace, rank, tasks, scaling, init)
-        weight = base.weight
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        self.register_buffer("V_A", subspace.A.V.to(weight.device, dtype, copy=True))  # (K_A, d)
-        self.register_buffer("V_B", subspace.B.V.to(weight.device, dtype, copy=True))  # (K_B, o)
+        device, dtype = base.weight.device, at_least_float32(base.weight.dtype)
+        self.register_buffer("V_A", subspace.A.V.to(device, dtype, copy=True))  # (K_A, d)
+        self.register_buffer("V_B", subspace.B.V.to(device, dtype, copy=True))  # (K_B, o)
         self.alpha_A = nn.ParameterList()
         self.alpha_B = nn.ParameterList()
         for _ in range(tasks):
-            self.alpha_A.append(coefficients(self.V_A, rank, generator))  # (K_A, r)
-            self.alpha_B.append(coefficients(self.V_B, rank, generator))  # (K_B, r)
+            self.alpha_A.append(random_alpha(self.V_A, rank, generator))  # (K_A, r)
+            self.alpha_B.append(random_alpha(self.V_B, rank, generator))  # (K_B, r)
         if init == "zero":
             for alpha in self.alpha_B:
                 alpha.data.zero_()
@@ -427,7 +447,7 @@ class EigenLoRAxLinear(nn.Module):
         self.task: int | Tensor = 0
         self.gathered: tuple[Tensor, Tensor] | None = None  # of `serving`, for a batch of tasks
         self.base = base.requires_grad_(False)
-        self.train(base.training)
+        self.train(base.training)  # the mode of the layer that it replaces
 
     def pair(self, task: int | None = None) -> Pair:
         """The LoRA pair (B (o, r), A (r, d)) of one task, s folded into B; None: the active one."""
@@ -440,9 +460,9 @@ class EigenLoRAxLinear(nn.Module):
     def forward(self, x: Tensor, task: int | Sequence[int] | Tensor | None = None) -> Tensor:
         """x (…, d) → (…, o). task: one for all, or one for each x[i]; None: the active one."""
         y = self.base(x)
-        x = x.to(y.dtype)
+        x = x.to(y.dtype)  # a base, or autocast, may answer in another dtype
         if task is None and self.gathered is not None and not torch.is_grad_enabled():
-            return self.delta_per_sample(x, *self.gathered).add_(y)
+            return self.delta_per_sample(x, *self.gathered).add_(y)  # `serving` has gathered them
         task = task_ids(self.task if task is None else task, self.tasks)
         if isinstance(task, Tensor):
             return self.delta_per_sample(x, *self.gather(task)).add_(y)
@@ -479,26 +499,34 @@ class EigenLoRAxLinear(nn.Module):
     def set_task(self, task: int, B: Tensor, A: Tensor) -> None:
         """Give one task the ΔW in the subspace nearest to BA, without training.           [Table 4]
 
-        The paper says "zero-shot" twice: in its Table 4 for this projection of an adapter that
-        exists, and in its Table 1 for random α (init="random") of which only the head is trained.
+        The paper says "zero-shot" in two meanings: in its Table 4 for this projection of an adapter
+        that exists, and in its Table 1 for a model with random, untrained α (init="random"), of
+        which only the head is trained.
 
         The nearest is V_BᵀV_B·BA·V_AᵀV_A = V_Bᵀ M V_A with the core M = (V_B B)(A V_Aᵀ), as V_BᵀV_B
         and V_AᵀV_A are the orthogonal projections. So α_B = V_B B/s and α_A = V_A Aᵀ. Needs r ≤
         rank. The columns that are left over get α_B = 0 and keep their α_A: they add nothing to ΔW
-        and can still train. (A column that is 0 in both α gets no gradient, ever.) ValueError for a
+        and can still train. (A column that is 0 in both α gets no gradient, ever.) A task moves to
+        another subspace by new_layer.set_task(task, *old_layer.pair(task)). Raises ValueError for a
         larger r, other shapes, nan and inf.
 
         Claim 4. Projecting both factors gives the core M for which V_Bᵀ M V_A is nearest to ΔW.
         """
         task = one_task(task, self.tasks)
+        alpha_A, alpha_B = self.nearest(B, A)
+        r = alpha_A.shape[1]
+        self.alpha_A[task][:, :r] = alpha_A
+        self.alpha_B[task].zero_()
+        self.alpha_B[task][:, :r] = alpha_B
+
+    @torch.no_grad()
+    def nearest(self, B: Tensor, A: Tensor) -> Pair:
+        """The α_A (K_A, r) and α_B (K_B, r) of a pair, as `set_task` explains."""
         B, A = checked((B, A), (self.out_features, self.in_features), "")
-        r = len(A)
-        if r > self.rank:
-            raise ValueError(f"the pair has rank {r}; want at most this layer's {self.rank}")
+        if len(A) > self.rank:
+            raise ValueError(f"the pair has rank {len(A)}; want at most this layer's {self.rank}")
         with full_precision(self.V_A):
-            self.alpha_A[task][:, :r] = self.V_A @ A.T.to(self.V_A)
-            self.alpha_B[task].zero_()
-            self.alpha_B[task][:, :r] = self.V_B @ B.to(self.V_B) / self.scaling
+            return self.V_A @ A.T.to(self.V_A), self.V_B @ B.to(self.V_B) / self.scaling
 
     def weight_of(self, task: int | None = None) -> Tensor:
         """W₀ + ΔW(task) (o, d), differentiable, in W₀'s dtype; task None: the active one."""
@@ -512,7 +540,8 @@ class EigenLoRAxLinear(nn.Module):
         """W₀ + ΔW of the active task (o, d).
 
         For torch modules that read a layer's weight and do not call it: nn.MultiheadAttention reads
-        that of out_proj. Of a quantised base it is the base's own weight, without ΔW.
+        that of out_proj. Of a quantised base it is the base's own, to which ΔW cannot be added:
+        some models look at its dtype in their forward, and none can multiply by it as it is.
         """
         return self.weight_of() if is_plain(self.base.weight) else self.base.weight
 
@@ -524,7 +553,8 @@ class EigenLoRAxLinear(nn.Module):
     def merge(self, task: int | None = None) -> nn.Linear:
         """A plain frozen nn.Linear with the weight W₀ + ΔW(task); task None: the active one.
 
-        Raises TypeError for a quantised base, and for one whose forward is not nn.Linear's.
+        W₀ + ΔW is rounded to W₀'s dtype; in bfloat16 a ΔW below 1/256 of W₀ is mostly lost. Raises
+        TypeError for a quantised base, and for one whose forward is not nn.Linear's.
         """
         check_mergeable(self)
         bias = self.base.bias
@@ -535,7 +565,7 @@ class EigenLoRAxLinear(nn.Module):
         return plain.requires_grad_(False).train(self.training)
 
 
-def coefficients(V: Tensor, r: int, generator: torch.Generator | None) -> nn.Parameter:
+def random_alpha(V: Tensor, r: int, generator: torch.Generator | None) -> nn.Parameter:
     """α (K, r), normal with variance 1/K, so that a row of αᵀV has a length of about 1."""
     return nn.Parameter(normal((len(V), r), V, generator) / len(V) ** 0.5)
 
@@ -636,7 +666,8 @@ def adapt(
     "layer.0.query"), and must fit one layer. Raises ValueError, with the model as it was, if it
     does not, or if the shapes do not.
 
-    Claim 10. Only coefficients train: tasks·(K_A + K_B)·r numbers a Linear, the paper's counts.
+    Claim 10. Only coefficients train: tasks·(K_A + K_B)·r numbers a Linear. With query and value
+    adapted, these are the paper's 96 (ViT, Appendix A.1.1) and 12K (RoBERTa, Table 2).
     """
     fits = layers_named(model, subspaces)
 
@@ -654,7 +685,7 @@ def set_task(
     """`set_task` of every layer: task becomes the projection of a whole adapter {name: (B, A)}.
 
     Names may lack their front, as in `adapt`. A layer that the adapter lacks gets ΔW = 0. Raises
-    ValueError, before anything is changed, for a pair that has no layer, or several.
+    ValueError, and changes nothing, if a pair fits no layer, or several, or not the one it names.
     """
     pairs = {}
     for name in adapter:
@@ -665,18 +696,20 @@ def set_task(
             found = few(hits) or "no layer"
             raise ValueError(f"{name!r} fits {found}; want one of its own of {few(layers)}")
         pairs[hits[0]] = adapter[name]
-    for layer in layers.values():
-        layer.alpha_B[one_task(task, layer.tasks)].data.zero_()
     for name, pair in pairs.items():
         with naming(name):
-            layers[name].set_task(task, *pair)
+            layers[name].nearest(*checked(pair, None, ""))  # raises before anything is changed
+    for name, layer in layers.items():
+        layer.alpha_B[one_task(task, layer.tasks)].data.zero_()
+        if name in pairs:
+            layer.set_task(task, *pairs[name])
 
 
 def merge(model: nn.Module, task: int | None = None) -> nn.Module:
     """Replace each EigenLoRAxLinear by its merged Linear, in place; return `model`.
 
-    task None: each layer's active one. Merge before save_pretrained, before tie_weights or
-    resize_token_embeddings, and before anything else that takes a layer for a plain Linear.
+    task None: each layer's active one. Merge before save_pretrained, tie_weights,
+    resize_token_embeddings, and all else that takes a layer for a plain Linear.
     """
     modules = model.named_modules(remove_duplicate=False)
     layers = {name: m for name, m in modules if isinstance(m, EigenLoRAxLinear)}
@@ -750,10 +783,11 @@ def from_bank(model: nn.Module, bank: Mapping[str, Tensor]) -> dict[str, EigenLo
     def load(name: str, linear: nn.Module) -> EigenLoRAxLinear:
         """The Linear with its part of the bank."""
         V_A, V_B, alpha_A, alpha_B, scaling = (bank[f"{fits[name]}.{field}"] for field in FIELDS)
-        tasks, _, rank = alpha_A.shape
-        if alpha_A.shape[1:2] + alpha_B.shape != (len(V_A), tasks, len(V_B), rank):
-            shapes = {field: tuple(bank[f"{fits[name]}.{field}"].shape) for field in FIELDS}
-            raise ValueError(f"found {shapes}; want (K, n) of each V, (tasks, K, r) of each α")
+        tasks, rank = alpha_A.shape[0], alpha_A.shape[-1]
+        wanted = (tasks, len(V_A), rank), (tasks, len(V_B), rank)
+        if (alpha_A.shape, alpha_B.shape) != wanted:
+            found = f"α {tuple(alpha_A.shape)}, {tuple(alpha_B.shape)}"
+            raise ValueError(f"found {found} with V of {len(V_A)}, {len(V_B)} rows; want {wanted}")
         subspace = Subspace(directions(V_A), directions(V_B))
         layer = EigenLoRAxLinear(linear, subspace, rank, tasks, float(scaling))
         for task in range(tasks):
@@ -773,8 +807,8 @@ def directions(V: Tensor) -> Components:
 #
 # PEFT saves a LoRA as adapter_model.safetensors, tensors named NAME.lora_A.weight (r, d) and
 # NAME.lora_B.weight (o, r), and adapter_config.json. Its ΔW is s·BA with s = lora_alpha/r, or
-# lora_alpha/√r with use_rslora. Here s is folded into B. Whatever else an adapter trained would be
-# lost with the pairs, so that all but a head is refused by name.
+# lora_alpha/√r with use_rslora. Here s is folded into B. A pair holds nothing else that an adapter
+# may have trained, so that everything else but a head is refused by name.
 
 PREFIX = "base_model.model."
 HEADS = ("classifier", "pre_classifier", "classification_head", "score", "qa_outputs", "head", "fc")
@@ -809,18 +843,19 @@ def lora_pairs(
     tensor([[2., 2., 2.]])
     """
     check_config({} if config is None else config)
-    A, B, alphas = sorted_keys(state_dict)
+    keys_A, keys_B, alphas = sorted_keys(state_dict)
     if alphas and config is not None:
         raise ValueError(f"{few(alphas)}: alpha is in the file and in the config; want it once")
     pairs = {}
-    for name, key in A.items():
-        down, up = state_dict[key], state_dict[B[name]]
-        up, down = checked((up, down), None, f"{name!r}: ")
-        dtype = at_least_float32(torch.promote_types(up.dtype, down.dtype))
-        s = scale(name, len(down), config)
+    for name in keys_A:
+        B, A = state_dict[keys_B[name]], state_dict[keys_A[name]]
+        B, A = checked((B, A), None, f"{name!r}: ")
         if name in alphas:
-            s = float(state_dict[alphas[name]]) / len(down)
-        pairs[name] = matrix(up.to(dtype) * s, f"{name!r}: s·B"), down.to(dtype)
+            s = float(state_dict[alphas[name]]) / len(A)
+        else:
+            s = scale(name, len(A), config)
+        sB = s * B.to(at_least_float32(B.dtype))
+        pairs[name] = matrix(sB, f"{name!r}: s·B"), A.to(at_least_float32(A.dtype))
     return pairs
 
 
@@ -906,7 +941,8 @@ def to_peft(
 ) -> tuple[dict[str, Tensor], dict[str, object]]:
     """(state_dict, config) of one task, which PEFT loads as a LoRA; head {name: tensor} goes along.
 
-    The task becomes pairs of factors, so that PEFT needs neither V nor α. s is in B: alpha is r.
+    The task becomes pairs of factors, so that PEFT needs neither V nor α. s is in B already, and
+    lora_alpha = r makes PEFT's own scale 1.
     """
     state = {}
     for name, layer in layers.items():
@@ -916,13 +952,14 @@ def to_peft(
     head = head or {}
     for name, tensor in head.items():
         state[PREFIX + name] = tensor.detach().clone()
-    ranks = {name: layers[name].rank for name in sorted(layers, key=len, reverse=True)}
+    longest_first = sorted(layers, key=len, reverse=True)  # PEFT takes the first name that fits
+    ranks = {name: layers[name].rank for name in longest_first}
     r = max(ranks.values())
-    whole = sorted({name.rpartition(".")[0] for name in head})
+    heads = sorted({name.rpartition(".")[0] for name in head})
     config = {
         "peft_type": "LORA",
         "target_modules": list(layers),
-        "modules_to_save": whole or None,
+        "modules_to_save": heads or None,
         "r": r,
         "lora_alpha": r,
         "rank_pattern": ranks,
@@ -1068,7 +1105,7 @@ def one_task(task: int, tasks: int) -> int:
 def refuse_unset(**tensors: Tensor) -> None:
     """Raise ValueError if some tensors are on the meta device and others are not.
 
-    A weight that was offloaded is there, and torch's matmul would read unset memory for it.
+    An offloaded weight is on meta, and cpu @ meta gives unset memory without an error.
     """
     meta = [name for name, X in tensors.items() if X.is_meta]
     if meta and len(meta) < len(tensors):

@@ -75,6 +75,14 @@ CASES = {
         lambda: update(recycle([{"q": PAIR}]), [{"q": (torch.ones(4, 1), torch.ones(1, 5))}]),
         r"'q': rows \(1, 5\); want \(m, 3\), as before",
     ),
+    "an update by the median": (
+        lambda: update(recycle([{"q": PAIR}]), [{"q": PAIR}], "gavish-donoho"),
+        "'q': want uncentred components, and a k that is None, an int or a share",
+    ),
+    "an update of centred components": (
+        lambda: eigenlorax.append(principal_components(torch.eye(3) + 1), torch.ones(1, 3), 1),
+        "want uncentred components",
+    ),
     "a vector": (
         lambda: principal_components(torch.ones(3)),
         r"rows: found .*\(3,\) summing to 3.0; want finite floats \(m, n\)",
@@ -258,8 +266,10 @@ def test_a_set_task_that_fails_changes_nothing():
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match="'elsewhere' fits no layer"):
         eigenlorax.set_task(layers, 0, {"0": PAIR, "elsewhere": PAIR})
-    with pytest.raises(ValueError, match="rank 2; want at most this layer's 1"):
-        layers["0"].set_task(0, *PAIR)
+    for call in (layers["0"].set_task, lambda *pair: eigenlorax.set_task(layers, *pair)):
+        given = (0, *PAIR) if call == layers["0"].set_task else (0, {"0": PAIR})
+        with pytest.raises(ValueError, match="rank 2; want at most this layer's 1"):
+            call(*given)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
