@@ -2,7 +2,8 @@
 # EigenLoRAx (arXiv:2502.04700), written from the paper. One file, torch only: copy it.
 # Cite: P. Kaushik, A. Vaidya, S. Chaudhari, A. Yuille. EigenLoRAx. arXiv:2502.04700, 2025.
 # Version 2.0 (2026-11), tested with torch 2.11 to 2.14. Known faults of 1.0: training one task
-# moved all the others, as they shared a tensor; an update kept less than the share asked for.
+# moved all the others, as they shared a tensor; an update kept less than the share asked for. Known
+# of 2.0: before torch 2.13, compiled training of a mixed batch gives absent tasks 0, not None.
 r"""EigenLoRAx — recycle the LoRA adapters you have; train only coefficients in their subspace.
 
 A LoRA of one linear layer with d inputs and o outputs is a pair (B (o, r), A (r, d)): it adds
@@ -128,7 +129,7 @@ def choose_k(
     >>> choose_k(torch.tensor([3.0, 1.0, 0.0]), 0.9, (3, 8))  # 9 of 9 + 1 is a share of 0.9
     1
     """
-    sigma = singular_values
+    sigma = singular_values.cpu()  # not every device has float64
     fits = sigma.dim() == 1 and sigma.is_floating_point() and sigma.isfinite().all()
     if not fits or not (sigma.diff(append=sigma.new_zeros(1)) <= 0).all():  # the last is ≥ 0
         raise ValueError(f"singular values {sigma.tolist()!r:.80}; want finite ones, descending")
@@ -212,8 +213,10 @@ def principal_components(rows: Tensor, k: Rule = None, center: bool = True) -> C
     m, n = X.shape
     if not m or not n:
         raise ValueError(f"rows ({m}, {n}); want at least one row of at least one number")
-    mean = X.mean(0) if center else X.new_zeros(n)
-    X = X - mean
+    mean = X.new_zeros(n)
+    if center:
+        mean = X.mean(0)
+        X = X - mean
     free = m - 1 if center else m  # centred rows add up to 0: one follows from the others
     decompose = by_svd if rows.dtype == torch.float64 else by_gram
     sigma, V = decompose(X, k, (free, n))
@@ -237,6 +240,8 @@ def augment(V: Tensor, p: int, generator: torch.Generator | None = None) -> Tens
     K, n = matrix(V, "V").shape
     if type(p) is not int or not 0 <= p <= n - K:
         raise ValueError(f"{p!r} pseudo-components; want 0 to n − K = {n} − {K}")
+    if p == 0:
+        return V
     noise = normal((p, n), V, generator)
     Q = torch.linalg.qr(torch.cat([V.cpu().double(), noise.cpu().double()]).T).Q.T
     return torch.cat([V, Q[K:].to(V)])  # the first K rows of Q are ±V
@@ -273,7 +278,7 @@ def recycle(
     is asked for one layer at a time. The stacks are not centred: other factors of the same ΔW, such
     as those of claim 8, have another mean. Raises ValueError for no adapter, shapes that do not
     fit, nan and inf, and for a k above the numerical rank; TypeError for what is no list of such
-    mappings.
+    mappings. An adapter much smaller than the others may lie below that rank: balance it, as above.
 
     Claim 5. The error of a recycled adapter, ‖ΔW − V_BᵀV_B ΔW V_AᵀV_A‖, never grows with K, and is
     zero at full numerical rank.
@@ -399,9 +404,9 @@ class EigenLoRAxLinear(nn.Module):
     task      (attribute) the active task: 0 at first; within `serving`, what that serves
 
     α_A and α_B are one Parameter per task. An optimiser skips a Parameter without gradient, so that
-    neither weight decay nor momentum moves a task that is not in the batch. That needs gradients of
-    None: call zero_grad(), not zero_grad(set_to_none=False). Raises ValueError or TypeError for
-    arguments that do not fit.
+    neither weight decay nor momentum moves a task that is not in the batch. (All of torch's do but
+    LBFGS.) That needs gradients of None: call zero_grad(), not zero_grad(set_to_none=False). Raises
+    ValueError or TypeError for arguments that do not fit.
 
     Claim 9. ΔW(task) = s·V_Bᵀ α_B α_Aᵀ V_A, merging changes outputs only by rounding, and with
     init="zero" a new task has ΔW = 0.
@@ -459,13 +464,15 @@ class EigenLoRAxLinear(nn.Module):
 
     def forward(self, x: Tensor, task: int | Sequence[int] | Tensor | None = None) -> Tensor:
         """x (…, d) → (…, o). task: one for all, or one for each x[i]; None: the active one."""
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"x {tuple(x.shape)}; want (…, {self.in_features})")
         y = self.base(x)
         x = x.to(y.dtype)  # a base, or autocast, may answer in another dtype
         if task is None and self.gathered is not None and not torch.is_grad_enabled():
-            return self.delta_per_sample(x, *self.gathered).add_(y)  # `serving` has gathered them
+            return self.delta_per_sample(x, *self.gathered).to(y.dtype).add_(y)
         task = task_ids(self.task if task is None else task, self.tasks)
         if isinstance(task, Tensor):
-            return self.delta_per_sample(x, *self.gather(task)).add_(y)
+            return self.delta_per_sample(x, *self.gather(task)).to(y.dtype).add_(y)
         B, A = self.pair(task)
         refuse_unset(x=x, A=A)
         return y + x @ A.T.to(x.dtype) @ B.T.to(x.dtype)
@@ -476,20 +483,20 @@ class EigenLoRAxLinear(nn.Module):
         With gradients, only the tasks present are read, so that an absent one gets None and not
         zeros, which would still let it decay and drift. (An exported program reads all.)
         """
-        if torch.is_grad_enabled() and not torch.compiler.is_exporting():
-            present = tasks.tolist()
-            alpha_A = torch.stack([self.alpha_A[task] for task in present])
-            alpha_B = torch.stack([self.alpha_B[task] for task in present])
+        every = range(self.tasks)
+        if torch.is_grad_enabled() and not torch.compiler.is_exporting() and len(tasks):
+            alpha_A = torch.stack([self.alpha_A[task] for task in tasks.tolist()])
+            alpha_B = torch.stack([self.alpha_B[task] for task in tasks.tolist()])
         else:
-            alpha_A = torch.stack([*self.alpha_A])[tasks]
-            alpha_B = torch.stack([*self.alpha_B])[tasks]
+            alpha_A = torch.stack([self.alpha_A[task] for task in every])[tasks]
+            alpha_B = torch.stack([self.alpha_B[task] for task in every])[tasks]
         return alpha_A, self.scaling * alpha_B
 
     def delta_per_sample(self, x: Tensor, alpha_A: Tensor, alpha_B: Tensor) -> Tensor:
         """ΔW(its task) x[i] (batch, …, o) for the samples i of x (batch, …, d), α from `gather`."""
         if x.dim() < 2 or x.shape[0] != alpha_A.shape[0]:
             raise ValueError(f"{len(alpha_A)} tasks for x {tuple(x.shape)}; want one for each x[i]")
-        refuse_unset(x=x, V_A=self.V_A, V_B=self.V_B, alpha_A=alpha_A)
+        refuse_unset(x=x, V_A=self.V_A, V_B=self.V_B, alpha_A=alpha_A, alpha_B=alpha_B)
         codes = x @ self.V_A.T.to(x.dtype)
         codes = codes[:, None].flatten(1, -2)  # (batch, tokens, K_A), one token if x is (batch, d)
         codes = codes @ alpha_A.to(x.dtype) @ alpha_B.mT.to(x.dtype)  # (batch, tokens, K_B)
@@ -505,19 +512,22 @@ class EigenLoRAxLinear(nn.Module):
 
         The nearest is V_BᵀV_B·BA·V_AᵀV_A = V_Bᵀ M V_A with the core M = (V_B B)(A V_Aᵀ), as V_BᵀV_B
         and V_AᵀV_A are the orthogonal projections. So α_B = V_B B/s and α_A = V_A Aᵀ. Needs r ≤
-        rank. The columns that are left over get α_B = 0 and keep their α_A: they add nothing to ΔW
-        and can still train. (A column that is 0 in both α gets no gradient, ever.) A task moves to
-        another subspace by new_layer.set_task(task, *old_layer.pair(task)). Raises ValueError for a
-        larger r, other shapes, nan and inf.
+        rank. Columns that the pair does not fill get α_B = 0 and keep their α_A: they add nothing
+        to ΔW and can still train. (A column that is 0 in both α gets no gradient, ever.) A task
+        moves to another subspace by new_layer.set_task(task, *old_layer.pair(task)). Raises
+        ValueError for a larger r, other shapes, nan and inf.
 
         Claim 4. Projecting both factors gives the core M for which V_Bᵀ M V_A is nearest to ΔW.
         """
         task = one_task(task, self.tasks)
         alpha_A, alpha_B = self.nearest(B, A)
         r = alpha_A.shape[1]
-        self.alpha_A[task][:, :r] = alpha_A
-        self.alpha_B[task].zero_()
-        self.alpha_B[task][:, :r] = alpha_B
+        old_A, old_B = self.alpha_A[task], self.alpha_B[task]
+        refuse_unset(B=B, alpha_A=old_A, alpha_B=old_B)
+        filled = alpha_A.any(0) | alpha_B.any(0)  # (r,)
+        old_A[:, :r] = torch.where(filled, alpha_A, old_A[:, :r])
+        old_B.zero_()
+        old_B[:, :r] = alpha_B
 
     @torch.no_grad()
     def nearest(self, B: Tensor, A: Tensor) -> Pair:
@@ -526,12 +536,15 @@ class EigenLoRAxLinear(nn.Module):
         if len(A) > self.rank:
             raise ValueError(f"the pair has rank {len(A)}; want at most this layer's {self.rank}")
         with full_precision(self.V_A):
-            return self.V_A @ A.T.to(self.V_A), self.V_B @ B.to(self.V_B) / self.scaling
+            alpha_A = self.V_A @ A.T.to(self.V_A)
+            alpha_B = self.V_B @ B.to(self.V_B) / self.scaling
+        return matrix(alpha_A, "α_A"), matrix(alpha_B, "α_B")
 
     def weight_of(self, task: int | None = None) -> Tensor:
         """W₀ + ΔW(task) (o, d), differentiable, in W₀'s dtype; task None: the active one."""
         W = self.base.weight
         B, A = self.pair(task)
+        refuse_unset(weight=W, A=A)
         with full_precision(W):
             return (W.to(A.dtype) + B @ A).to(W.dtype)
 
@@ -540,9 +553,12 @@ class EigenLoRAxLinear(nn.Module):
         """W₀ + ΔW of the active task (o, d).
 
         For torch modules that read a layer's weight and do not call it: nn.MultiheadAttention reads
-        that of out_proj. Of a quantised base it is the base's own, to which ΔW cannot be added:
-        some models look at its dtype in their forward, and none can multiply by it as it is.
+        that of out_proj. Some models only look at its dtype in their forward (T5), so that reading
+        raises nothing where there is no such weight: of a quantised base, to which ΔW cannot be
+        added, it is the base's own, and with one task per sample it is empty.
         """
+        if isinstance(self.task, Tensor):  # there is no one W₀ + ΔW: products with this fail
+            return self.base.weight.new_empty(0)
         return self.weight_of() if is_plain(self.base.weight) else self.base.weight
 
     @property
@@ -591,21 +607,22 @@ def find_layers(model: nn.Module, targets: str | Iterable[str], kinds) -> dict[s
     targets = [targets] if isinstance(targets, str) else list(targets)
     if not targets:
         raise ValueError("found no targets; want the name of a layer, or its end, at least once")
-    modules = model.named_modules(remove_duplicate=False)
-    weighted = {name: m for name, m in modules if name and hasattr(m, "weight")}  # no containers
+    modules = dict(model.named_modules(remove_duplicate=False))
+    containers = nn.Sequential, nn.ModuleList, nn.ModuleDict
+    layers = {name: m for name, m in modules.items() if name and not isinstance(m, containers)}
     found = {}
     for target in targets:
-        hits = [name for name in weighted if f".{name}".endswith(f".{target}")]
-        if target in weighted:
+        hits = [name for name in layers if f".{name}".endswith(f".{target}")]
+        if target in layers:
             hits = [target]
-        misfits = [name for name in hits if not isinstance(weighted[name], kinds)]
+        misfits = [name for name in hits if not isinstance(layers[name], kinds)]
         if misfits:
-            kind = type(weighted[misfits[0]]).__name__
+            kind = type(layers[misfits[0]]).__name__
             raise ValueError(f"{target!r} fits {few(misfits)}, a {kind}; want a layer to adapt")
         if not hits:
-            names = [name for name, m in weighted.items() if isinstance(m, kinds)]
+            names = [name for name, m in layers.items() if isinstance(m, kinds)]
             raise ValueError(f"no layer is named {target!r}; want names, no patterns: {few(names)}")
-        found |= {name: weighted[name] for name in hits}
+        found |= {name: layers[name] for name in hits}
     return found
 
 
@@ -615,7 +632,7 @@ def replace_layers(
     """Freeze `model` and put make(name, layer) in the place of each layer; {name: new layer}.
 
     All of them are made before the first is put in its place: an error leaves the model as it was.
-    A layer that has two names gets one new layer.
+    A layer that has two names gets one new layer, under both.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     made = {}  # layer: its new layer
@@ -624,13 +641,16 @@ def replace_layers(
             continue
         try:
             made[layer] = make(name, layer)
-        except (TypeError, ValueError) as error:
+        except Exception as error:
             for p in trainable:
-                p.requires_grad_(True)
-            raise type(error)(f"{name}: {error}") from None
+                p.requires_grad_(True)  # `make` freezes the layer that it takes
+            if isinstance(error, TypeError | ValueError):
+                raise type(error)(f"{name}: {error}") from None
+            raise
     model.requires_grad_(False)  # the new layers are not part of it yet
-    for name, layer in layers.items():
-        model.set_submodule(name, made[layer])
+    for name, layer in list(model.named_modules(remove_duplicate=False)):
+        if layer in made:
+            model.set_submodule(name, made[layer])
     return {name: made[layer] for name, layer in layers.items()}
 
 
@@ -664,7 +684,8 @@ def adapt(
 
     The name of a subspace is the layer's whole name or the end of it ("0.query" finds
     "layer.0.query"), and must fit one layer. Raises ValueError, with the model as it was, if it
-    does not, or if the shapes do not.
+    does not, or if the shapes do not. What is returned means this model: after copy.deepcopy or
+    AveragedModel, gather the copy's layers anew.
 
     Claim 10. Only coefficients train: tasks·(K_A + K_B)·r numbers a Linear. With query and value
     adapted, these are the paper's 96 (ViT, Appendix A.1.1) and 12K (RoBERTa, Table 2).
@@ -688,6 +709,8 @@ def set_task(
     ValueError, and changes nothing, if a pair fits no layer, or several, or not the one it names.
     """
     pairs = {}
+    if not adapter:
+        raise ValueError("the adapter has no pair; want one {layer name: (B, A)} or more")
     for name in adapter:
         hits = [full for full in layers if f".{full}".endswith(f".{name}")]
         if name in layers:
@@ -708,8 +731,9 @@ def set_task(
 def merge(model: nn.Module, task: int | None = None) -> nn.Module:
     """Replace each EigenLoRAxLinear by its merged Linear, in place; return `model`.
 
-    task None: each layer's active one. Merge before save_pretrained, tie_weights,
-    resize_token_embeddings, and all else that takes a layer for a plain Linear.
+    task None: each layer's active one. Merge before save_pretrained (from_pretrained would make the
+    adapted layers anew, at random), tie_weights, resize_token_embeddings, and all else that takes a
+    layer for a plain Linear.
     """
     modules = model.named_modules(remove_duplicate=False)
     layers = {name: m for name, m in modules if isinstance(m, EigenLoRAxLinear)}
@@ -729,9 +753,11 @@ def serving(
 
     The first axis of every adapted layer's input must be the sample. Where gradients are off when
     the block begins, the coefficients are gathered once for all its forwards without gradients, and
-    a change of α within the block is not seen by these. One block at a time in a process. If the
-    model is compiled, give tensors: an int makes a graph for each task. Raises ValueError if `task`
-    is none of the layers' tasks.
+    a change of α within the block is not seen by these. (Under FSDP2, turn gradients off inside.)
+    With gradient checkpointing call backward() within the block, as it runs the forward again. If
+    the model is compiled, give one id per sample, as an int makes a graph for each task; a mixed
+    batch with gradients breaks the graph. One block at a time in a process. Raises ValueError if
+    `task` is none of the layers' tasks.
     """
     before = {layer: (layer.task, layer.gathered) for layer in layers.values()}
     ids = task_ids(task, min(layer.tasks for layer in before))
@@ -749,9 +775,10 @@ def serving(
 
 
 # A bank is what several tasks have in common, V, and what each has of its own, its α. Saved as
-# {"NAME.V_A": …}, with safetensors or torch.save, it needs no other file beside the model.
+# {"NAME.V_A": …}, with safetensors or torch.save, it needs no other file beside the model. The
+# trained parameters alone lack V: loaded over another V, they give another ΔW without an error.
 
-FIELDS = ("V_A", "V_B", "alpha_A", "alpha_B", "scaling")
+FIELDS = {"V_A": 2, "V_B": 2, "alpha_A": 3, "alpha_B": 3, "scaling": 0}  # with their axes
 
 
 def to_bank(layers: Mapping[str, EigenLoRAxLinear]) -> dict[str, Tensor]:
@@ -772,12 +799,13 @@ def from_bank(model: nn.Module, bank: Mapping[str, Tensor]) -> dict[str, EigenLo
     does not fit the others or the model.
     """
     names = list(dict.fromkeys(key.rpartition(".")[0] for key in bank))
-    wanted = {f"{name}.{field}" for name in names for field in FIELDS}
-    if wanted != set(bank):
-        odd = sorted(wanted ^ set(bank))
-        raise ValueError(
-            f"the bank lacks, or has beside its own: {few(odd)}; want {FIELDS} of each layer"
-        )
+    wanted = {f"{name}.{field}": axes for name in names for field, axes in FIELDS.items()}
+    odd = sorted(wanted.keys() ^ bank.keys())
+    if odd:
+        raise ValueError(f"the bank lacks, or has beside its own: {few(odd)}; want {few(FIELDS)}")
+    for key, axes in wanted.items():
+        if not isinstance(bank[key], Tensor) or bank[key].dim() != axes:
+            raise ValueError(f"{key} is {bank[key]!r:.60}; want a tensor of {axes} axes")
     fits = layers_named(model, names)
 
     def load(name: str, linear: nn.Module) -> EigenLoRAxLinear:
@@ -812,6 +840,7 @@ def directions(V: Tensor) -> Components:
 
 PREFIX = "base_model.model."
 HEADS = ("classifier", "pre_classifier", "classification_head", "score", "qa_outputs", "head", "fc")
+OTHER_METHODS = ("lora", "lokr", "hada", "oft", "boft", "hra", "ia3", "vera", "dora", "to_")
 PLAIN_STARTS = (None, False, True, "gaussian", "eva", "orthogonal", "mica")  # they leave W₀ alone
 REFUSED = {  # field of the config: why an adapter that has it is not just W₀ + BA
     "use_dora": "DoRA also rescales W₀ + ΔW",
@@ -842,6 +871,8 @@ def lora_pairs(
     >>> lora_pairs(peft, {"r": 1, "lora_alpha": 2})["q"][0].T
     tensor([[2., 2., 2.]])
     """
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict is a {type(state_dict).__name__}; want {{name: tensor}}")
     check_config({} if config is None else config)
     keys_A, keys_B, alphas = sorted_keys(state_dict)
     if alphas and config is not None:
@@ -862,13 +893,14 @@ def lora_pairs(
 def sorted_keys(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, str], ...]:
     """Three {layer name: key}: of the A, of the B, and of the alphas. Raises for other keys."""
     found = {"A": {}, "B": {}}
-    others = []
+    others, labels = [], set()
     for key in state_dict:
-        name, side = factor(key)
+        name, side, label = factor(key)
+        labels.add(label)
         if side is None:
             others.append(key)
-        elif name in found[side]:
-            raise ValueError(f"{key!r} is a second {side} of {name!r}; want those of one adapter")
+        elif name in found[side] or len(labels - {None}) > 1:
+            raise ValueError(f"{key!r} is of a second adapter; want those of one adapter")
         else:
             found[side][name] = key
     A, B = found["A"], found["B"]
@@ -879,41 +911,47 @@ def sorted_keys(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, str], ...]:
             alphas[name] = key
         elif last in ("lora_A", "lora_B"):
             raise ValueError(f"{key!r} lacks '.weight' (loralib?); rename it, and give lora_alpha")
-        elif not set(name.split(".")) & set(HEADS):
-            raise ValueError(
-                f"{key!r} would be lost: it is no lora_A.weight, no lora_B.weight, "
-                f"and in no head ({', '.join(HEADS)})"
-            )
+        elif name in A or not of_a_head(key):
+            kinds = f"no lora_A.weight, no lora_B.weight, and in no head ({', '.join(HEADS)})"
+            raise ValueError(f"{key!r} would be lost: it is {kinds}")
     if not A or A.keys() != B.keys():
         lone = sorted(A.keys() ^ B.keys())
-        raise ValueError(
-            f"found {few(lone or state_dict)}; want lora_A.weight, lora_B.weight of each"
-        )
+        found = few(lone or state_dict)
+        raise ValueError(f"found {found}; want lora_A.weight, lora_B.weight of each")
     return A, B, alphas
 
 
-def factor(key: str) -> tuple[str, str | None]:
-    """("encoder.q", "A") of "base_model.model.encoder.q.lora_A.weight"; (key, None) of no factor.
+def factor(key: str) -> tuple[str, str | None, str | None]:
+    """("encoder.q", "A", "") of "base_model.model.encoder.q.lora_A.weight", else (key, None, None).
 
-    PEFT may put the adapter's own name between, as in "q.lora_A.default.weight".
+    PEFT may put the adapter's own name between, as in "q.lora_A.default.weight"; it comes third.
     """
     name, _, tail = key.removeprefix(PREFIX).rpartition(".lora_")
-    parts = tail.split(".")  # ["A", "weight"] or ["A", "default", "weight"]
-    side = parts[0]
-    if name and side in ("A", "B") and parts[-1] == "weight" and len(parts) <= 3:
-        return name, side
-    return key, None
+    side, _, rest = tail.partition(".")  # "A", and "weight" or "default.weight"
+    label, _, last = rest.rpartition(".")
+    if name and side in ("A", "B") and last == "weight":
+        return name, side, label
+    return key, None, None
+
+
+def of_a_head(key: str) -> bool:
+    """Whether a tensor is a head's own: not another method's, nor of a layer deep in the trunk."""
+    parts = key.removeprefix(PREFIX).split(".")
+    foreign = any(part.startswith(OTHER_METHODS) for part in parts)
+    return parts[0] in HEADS and not foreign
 
 
 def scale(name: str, r: int, config: Mapping[str, object] | None) -> float:
     """s of one layer; 1 without a config. 8 is PEFT's own default for lora_alpha."""
     if config is None:
         return 1.0
-    alpha = config.get("lora_alpha", 8)
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
+    alpha, patterns = config.get("lora_alpha", 8), config.get("alpha_pattern") or {}
+    for pattern, value in patterns.items():
         if re.fullmatch(rf"(.*\.)?({pattern})", name):  # PEFT's patterns are regular expressions
             alpha = value
             break  # the first one counts
+    if not isinstance(alpha, int | float):
+        raise ValueError(f"{name!r}: lora_alpha is {alpha!r:.40}; want a number")
     return alpha / r**0.5 if config.get("use_rslora") else alpha / r
 
 
@@ -992,8 +1030,9 @@ def normal(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | No
 
 def energy_of(X: Tensor) -> float:
     """‖X‖². Raises ValueError if X is so large or so small that its squares leave float64."""
-    energy = float(X.cpu().double().square().sum())
-    if X.any() and not 0 < energy < float("inf"):
+    flat = X.detach().cpu().double().flatten()
+    energy = float(flat @ flat)
+    if flat.any() and not 1e-300 < energy < float("inf"):
         raise ValueError(
             f"rows up to {float(X.abs().max()):.3g}; want 1e-150 to 1e150, to be squared"
         )
@@ -1013,8 +1052,9 @@ def matrix(X: Tensor, what: str) -> Tensor:
     """X, if it is a finite floating-point matrix; else ValueError, TypeError if it is no tensor."""
     if not isinstance(X, Tensor):
         raise TypeError(f"{what} is a {type(X).__name__}; want a torch tensor")
-    if X.dim() != 2 or not X.is_floating_point() or not (X.is_meta or X.isfinite().all()):
-        found = f"{X.dtype} {tuple(X.shape)} summing to {X.sum()}"
+    if X.dim() != 2 or not is_plain(X) or not (X.is_meta or X.isfinite().all()):
+        total = X.sum().item() if is_plain(X) and not X.is_meta else "no number"
+        found = f"{X.dtype} {tuple(X.shape)} summing to {total}"
         raise ValueError(f"{what}: found {found}; want finite floats (m, n)")
     return X
 
@@ -1051,8 +1091,10 @@ def check_options(
     base: nn.Module, subspace: Subspace, rank: int, tasks: int, scaling: float, init: str
 ) -> None:
     """Raise TypeError or ValueError for arguments of EigenLoRAxLinear that do not fit."""
-    if not (getattr(base, "in_features", 0) and base.out_features):
+    if not (getattr(base, "in_features", 0) and base.out_features and hasattr(base, "weight")):
         raise TypeError(f"the base is {type(base).__name__}; want an nn.Linear, not empty")
+    if not isinstance(subspace, Subspace):
+        raise TypeError(f"the subspace is a {type(subspace).__name__}; want what recycle returns")
     if not all(type(size) is int and size > 0 for size in (rank, tasks)):
         raise ValueError(f"rank = {rank!r}, tasks = {tasks!r}; want ints ≥ 1")
     if not 0 < abs(scaling) < float("inf") or init not in ("zero", "random"):
@@ -1072,6 +1114,8 @@ def task_ids(task: int | Sequence[int] | Tensor, tasks: int) -> int | Tensor:
         if 0 <= task < tasks:
             return task
         raise no_task(task, tasks)
+    if isinstance(task, list | tuple) and any(isinstance(one, bool) for one in task):
+        raise no_task(task, tasks)
     try:
         ids = torch.as_tensor(task)
     except (TypeError, ValueError, RuntimeError):
@@ -1080,8 +1124,8 @@ def task_ids(task: int | Sequence[int] | Tensor, tasks: int) -> int | Tensor:
     if not whole or ids.dim() > 1:
         raise no_task(task, tasks)
     ids = ids.long()
-    if torch.compiler.is_compiling():  # there are no values yet; torch refuses an index beyond
-        return ids
+    if torch.compiler.is_compiling():  # there are no values yet: torch will refuse an index beyond
+        return ids.where(ids >= 0, tasks)
     if not ((ids >= 0) & (ids < tasks)).all():
         raise no_task(task, tasks)
     return ids if ids.dim() else int(ids)

@@ -25,6 +25,20 @@ from tests.test_eigenlorax import layer
 PAIR = torch.ones(4, 2), torch.ones(2, 3)
 NESTED = nn.ModuleDict({"a": nn.Sequential(nn.Linear(3, 4))})
 LAYER, FITTING = layer(seeded(0)), (torch.ones(7, 1), torch.ones(1, 9))
+PAIR_7 = torch.ones(7, 1).double(), torch.ones(1, 9).double()
+
+
+class Wrapper(nn.Module):
+    """A layer that holds its Linear under another name."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(3, 4)
+
+
+HALF = nn.ModuleDict(
+    {"a": nn.ModuleDict({"q": nn.Linear(3, 4)}), "b": nn.ModuleDict({"q": Wrapper()})}
+)
 NAMED_0 = recycle([{"0": PAIR}])
 ZERO = torch.zeros(4, 1), torch.ones(1, 3)
 
@@ -147,6 +161,19 @@ CASES = {
         lambda: layer(seeded(0)).set_task(0, torch.ones(7, 1) * math.nan, torch.ones(1, 9)),
         r"B: found .*\(7, 1\) summing to nan; want finite",
     ),
+    "forward, another width": (
+        lambda: layer(seeded(0))(torch.ones(2, 4, dtype=torch.float64)),
+        r"x \(2, 4\); want \(…, 9\)",
+    ),
+    "a pair beyond float32": (
+        lambda: layer(seeded(0), dtype=torch.float32).set_task(0, 1e200 * PAIR_7[0], PAIR_7[1]),
+        "α_B: found",
+    ),
+    "no pair": (lambda: eigenlorax.set_task({"0": LAYER}, 0, {}), "the adapter has no pair"),
+    "half of a name's layers": (
+        lambda: adapt(HALF, recycle([{"q": PAIR}])),
+        "'q' fits b.q, a Wrapper; want a layer to adapt",
+    ),
     "forward, task too large": (lambda: layer(seeded(0))(x(2), 1), "task = 1; want an int from 0"),
     "forward, too many tasks": (
         lambda: layer(seeded(0))(x(2), torch.zeros(3, dtype=torch.long)),
@@ -210,7 +237,7 @@ def test_bad_input_is_a_one_line_error_with_the_value_found_and_wanted(call, mes
     assert "\n" not in str(error.value) and len(str(error.value)) < 300
 
 
-NO_TASKS = [None, "1", "tasks", [None, 0], ["0"], -1, 2, [0, 2], 0.5, [0.5], True, [True, False]]
+NO_TASKS = [None, "1", "tasks", [None, 0], ["0"], -1, 2, [0, 2], 0.5, [0.5], True, [True, 2]]
 NO_TASKS += [np.array([True, False]), torch.tensor([[0]]), torch.tensor(1j)]
 
 

@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 import eigenlorax
 from eigenlorax import adapt, lora_pairs, recycle, serving, to_peft, update
@@ -62,7 +63,7 @@ def test_lora_pairs_gives_the_delta_that_peft_merges(options, tmp_path):
     eigenlorax.set_task(layers, 0, pairs)
     if "modules_to_save" not in options:
         close(model(IDS).logits, logits, 1e-5)  # float32, logits of order 1, two layers
-    named = {k.replace("_A.weight", "_A.default.weight"): v.half() for k, v in state.items()}
+    named = {k.replace(".weight", ".default.weight"): v.half() for k, v in state.items()}
     bare = {k.removeprefix("base_model.model."): v for k, v in named.items()}
     found = lora_pairs(bare, config)
     assert found.keys() == pairs.keys() and all(b.dtype == F32 for b, _ in found.values())
@@ -121,6 +122,13 @@ ODD_KEYS = [
     "k.ia3_l",
     "k.alpha",
     "k.lora_embedding_A",
+    "h.0.mlp.fc.lokr_w1",
+    "fc.oft_R.weight",
+    "classifier.lokr_w1",
+    "head.lora.down.weight",
+    "head.to_k_lora.down.weight",
+    "layers.0.fc.weight",
+    "layer.0.attention.head.weight",
 ]
 
 
@@ -129,6 +137,14 @@ def test_what_would_be_lost_beside_the_pairs_is_refused_by_name(key):
     with pytest.raises(ValueError, match=f"'{key}' would be lost") as error:
         lora_pairs(PAIR | {key: torch.ones(2)})
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("part", ["weight", "bias", "dora_scale", "lora_magnitude_vector.weight"])
+def test_what_else_a_layer_with_a_pair_has_is_no_head(part):
+    state = {key.replace("q.", "classifier."): value for key, value in PAIR.items()}
+    assert list(lora_pairs(state)) == ["classifier"]
+    with pytest.raises(ValueError, match=f"'classifier.{part}' would be lost"):
+        lora_pairs(state | {f"classifier.{part}": torch.ones(2)})
 
 
 REFUSED = {
@@ -163,7 +179,11 @@ def test_adapters_that_are_more_than_a_product_are_refused_with_the_reason(
         ({"q.weight": B}, None, "'q.weight' would be lost"),
         ({"q.lora_A.weight": A}, None, "found q; want lora_A.weight, lora_B.weight"),
         ({"classifier.weight": A}, None, "found classifier.weight; want lora_A.weight"),
-        (PAIR | {"q.lora_A.other.weight": A}, None, "is a second A of 'q'"),
+        (
+            PAIR | {"q.lora_A.other.weight": A},
+            None,
+            "'q.lora_A.other.weight' is of a second adapter",
+        ),
         (PAIR | {"q.lora_B.weight": B[:, :2]}, None, r"'q': B \(2, 2\), A \(4, 3\); want"),
         (
             {"q.lora_A.weight": torch.ones(1, 3, 3, 3), "q.lora_B.weight": torch.ones(2, 1, 1, 1)},
@@ -175,6 +195,13 @@ def test_adapters_that_are_more_than_a_product_are_refused_with_the_reason(
         (PAIR | {"q.lora_B.weight": B * torch.nan}, None, "'q': B: found .* summing to nan"),
         (PAIR, {"lora_alpha": 1e300, "r": 4}, "'q': s·B: found .* summing to inf"),
         ({"q.lora_A": A, "q.lora_B": B}, None, r"'q.lora_A' lacks '.weight' \(loralib\?\)"),
+        (PAIR, {"lora_alpha": "16"}, "'q': lora_alpha is '16'; want a number"),
+        (
+            {"q.lora_A.one.weight": A, "q.lora_B.two.weight": B},
+            None,
+            "'q.lora_B.two.weight' is of a second adapter",
+        ),
+        (PAIR | {"q.lora_B.weight": B.to(torch.float8_e4m3fn)}, None, "'q': B: found torch.float8"),
     ],
 )
 def test_broken_state_dicts_are_one_line_errors(state, config, message):
@@ -188,6 +215,11 @@ def test_broken_state_dicts_are_one_line_errors(state, config, message):
     [
         (lambda: lora_pairs({k: np.ones(v.shape) for k, v in PAIR.items()}), "a ndarray; want a"),
         (lambda: lora_pairs(PAIR, peft.LoraConfig()), "LoraConfig; want a mapping"),
+        (lambda: lora_pairs([A, B]), "state_dict is a list; want"),
+        (
+            lambda: adapt(nn.Sequential(nn.Linear(3, 2)), {"0": (B, A)}),
+            "0: the subspace is a tuple",
+        ),
         (lambda: recycle({"q": (B, A)}), "found one dict; want a list of adapters"),
         (lambda: recycle([PAIR]), "found a Tensor; want a pair"),
         (lambda: recycle([(B, A)]), "found a tuple; want adapters"),
