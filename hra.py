@@ -29,15 +29,17 @@ Symbols (rows, columns). torch's weight is (out, in), here (o, d).
   W U_r Γ_r | pair()[0]   | (o, r) | B of the equal LoRA, W H = W + B A (the paper's A)
   U_rᵀ      | pair()[1]   | (r, d) | A of the equal LoRA (the paper's B)
 
-What differs from the paper: the r mirrors act at once, by Eq. 5, not one after the other; a column
-may have any length, since only its direction counts; the start is that of the authors' code.
+What differs from the paper: the r mirrors act at once, as Eq. 3 to 5 allow, where Eq. 2 applies one
+after the other; a column may have any length, since only its direction counts; and training starts
+as in the authors' code.
 What differs from the authors' code: it multiplies r dense (d, d) matrices; it leaves the norm in
 the penalty unsquared; it orthonormalises equal columns, which is 0/0; and its LLaMA part mirrors
 the output of a layer, with an ε added to ‖u‖², so that its matrix is not quite orthogonal.
 
 What it costs. A layer trains d·r numbers (LoRA: (d + o)·r). For N rows it adds 4Ndr + 4dr² + 4r³
 flops to the 2Ndo of W, and keeps x and x U for the backward pass, as LoRA keeps x and x Aᵀ. Where
-x needs no gradient, as in a first layer, LoRA's backward pass skips W; HRA's cannot.
+x needs no gradient, as in a first layer, LoRA's backward pass skips W. HRA's cannot: W stands
+between the loss and U.
 
 How to read: 1 the definition, 2 the compact form, 3 the regulariser, 4 the layer, 5 a whole model,
 6 convolutions and PEFT, 7 numerics (what guards against half precision and wrong arguments).
@@ -45,7 +47,7 @@ How to read: 1 the definition, 2 the compact form, 3 the regulariser, 4 the laye
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -102,15 +104,16 @@ def chain(U: Tensor) -> Tensor:
 #     (I + U Γ Uᵀ)(I − c·uuᵀ) = I + U Γ Uᵀ − c·(u + U Γ g)uᵀ
 #                             = I + [U u] [[Γ, −c·Γg], [0, −c]] [U u]ᵀ                     [Eq. 4]
 #
-# S becomes [[S, g], [0, 1/c]], whose inverse is [[S⁻¹, −c·S⁻¹g], [0, c]]. Its negative, with
-# −S⁻¹ = Γ, is [[Γ, −c·Γg], [0, −c]]: the same matrix. ∎
+# By its definition S becomes [[S, g], [0, 1/c]], since half of ‖u‖² is 1/c. The inverse of that is
+# [[S⁻¹, −c·S⁻¹g], [0, c]], as the product of the two is I. Its negative, with Γ for −S⁻¹, is
+# [[Γ, −c·Γg], [0, −c]]: the matrix that the next mirror has made of Γ. ∎
 
 
 def gamma(U: Tensor) -> Tensor:
     """Γ (r, r) with chain(U) = I + U Γ Uᵀ, in at least float32.                           [Eq. 4]
 
-    Claim 3. gamma(U) is upper triangular and equals the recursion of Eq. 4, D⁻¹ Γ(Û) D⁻¹ with D the
-    diagonal of the lengths ‖uᵢ‖ and Û = U D⁻¹ the columns at length 1.
+    Claim 3. gamma(U) is upper triangular, and is D⁻¹ Γ D⁻¹ for the Γ that the paper's recursion
+    gives for the columns at length 1 and for D, the diagonal matrix of their lengths ‖uᵢ‖.
 
     Its entries go with 1/(‖uᵢ‖·‖uⱼ‖): lengths beyond 1e±17 leave float32 and give inf or NaN.
 
@@ -118,8 +121,8 @@ def gamma(U: Tensor) -> Tensor:
     tensor([[-1.0000,  1.0000],
             [ 0.0000, -0.5000]])
     """
-    with full_precision(U) as U:
-        G = U.T @ U
+    with full_precision(U) as U:  # part 7: at least float32, and no autocast
+        G = U.T @ U  # (r, r)
         S = G.triu(1) + G.diagonal().diag() / 2  # (r, r), upper triangular, S + Sᵀ = UᵀU
         I = torch.eye(len(S), dtype=S.dtype, device=S.device)
         Γ = -torch.linalg.solve_triangular(S, I, upper=True)
@@ -130,24 +133,19 @@ def gamma(U: Tensor) -> Tensor:
         return Γ + Γ @ (I + S @ Γ)
 
 
-# Scale the columns, U → U D with D diagonal. Then S → D S D, Γ → D⁻¹ΓD⁻¹, and U Γ Uᵀ stays. So a
-# column may have any length but 0, and no ε is needed in u/(‖u‖ + ε). And as a function f of u
-# that ignores its length has f(tu) = f(u), its derivative has t·∇f(tu) = ∇f(u). Below, columns are
-# divided by their `sizes` only so that squares neither overflow nor vanish. Since nothing depends
-# on these divisors, the gradient through them adds up to 0, and `detach` skips it.
+# Lengths. Scale the columns, U → U D with D diagonal. Then S → D S D, Γ → D⁻¹ΓD⁻¹, and U Γ Uᵀ
+# stays as it is. So a column may have any length but 0, and no ε is needed in u/(‖u‖ + ε). Below,
+# columns are divided by their `sizes`, only so that squares neither overflow nor vanish. As nothing
+# depends on these divisors, the gradient through them adds up to 0, and `detach` skips it.
 #
-# One more use of the proof. Its last column of [U u]·Γ is −c·(u + U Γ g) = −(2/‖u‖²)·H₁…Hᵢ₋₁u.
-# Mirrors keep lengths, so column i of U Γ has length 2/‖uᵢ‖. Rounding disturbs that length, and
-# it can be set again: in exact arithmetic this multiplies by the constant 1, so no gradient goes
-# through it. Without it, claim 1 fails where columns are nearly parallel and d is small.
+# One more use of the proof. The last column of the new U Γ is −c·(u + U Γ g), and u + U Γ g is
+# (I + U Γ Uᵀ)u. So column i of U Γ is −(2/‖uᵢ‖²)·H₁…Hᵢ₋₁uᵢ. As mirrors keep lengths, its length is
+# 2/‖uᵢ‖. Rounding disturbs that, most where columns are nearly parallel, and we set it again. In
+# exact arithmetic this multiplies by the constant 1, so no gradient goes through it.
 
 
 def sizes(U: Tensor) -> Tensor:
-    """(r,) √d times the largest |entry| of each column, which is its length or more.
-
-    Claim 11. H, the outputs and the penalty do not depend on the lengths ‖uᵢ‖, and the gradient at
-    uᵢ goes with 1/‖uᵢ‖.
-    """
+    """(r,) √d times the largest |entry| of each column: finite, and no less than its length."""
     s = U.detach().abs().amax(0) * len(U) ** 0.5
     return s.clamp(max=torch.finfo(s.dtype).max)
 
@@ -191,12 +189,13 @@ def reflect(x: Tensor, U: Tensor) -> Tensor:
 
 # --------------------------------------------------------------------- 3. the regulariser [Eq. 6]
 #
-# The more nearly the mirrors are perpendicular to each other, the less they can undo of what the
-# others do, and the nearer H is to the regular case below: capacity is traded for regularity.
+# The paper pushes the mirrors towards being perpendicular to each other, by λ. With λ = 0 the
+# columns are free. For orthogonal columns UᵀU is diagonal, S is half of it, and so
+# Γ = −2·diag(1/‖uᵢ‖²).
 #
-# For orthonormal columns Q the rest is short: QᵀQ = I makes S = I/2 and Γ = −2·I, so H = I − 2QQᵀ.
-# It mirrors the whole span of Q. Its trace is d − 2·trace(QᵀQ) = d − 2r and that of I is d, so it
-# is never I: with λ = ∞ training cannot start from the pre-trained layer.
+# The limit λ = ∞ makes the columns orthonormal, and calls them Q. Then Γ = −2·I and H = I − 2QQᵀ,
+# which turns round the part of x in the span of Q. Its trace is d − 2·trace(QᵀQ) = d − 2r and that
+# of I is d, so it is never I: with λ = ∞ training cannot start from the pre-trained layer.
 
 
 def penalty(U: Tensor) -> Tensor:
@@ -245,24 +244,26 @@ def gram_schmidt(U: Tensor) -> Tensor:
 # Where training starts. With equal neighbours, U = (u, u, v, v, …), each pair cancels, H₁H₂ =
 # H₁H₁ = I, and the adapted model is the pre-trained one. It can leave that point. Let f(u, v) be
 # the loss as a function of one pair. Moving both columns by the same δ leaves them equal and H = I:
-# f(u + δ, u + δ) = f(u, u), and so the derivatives ∂f/∂u + ∂f/∂v = 0 at u = v. The two gradients
-# are opposite, and in general neither is 0: moving u alone by a small δ ⊥ u gives
+# f(u + δ, u + δ) = f(u, u), and so ∂f/∂u + ∂f/∂v = 0 at u = v. The two gradients are opposite. In
+# general neither is 0: move the first column alone, by a small δ perpendicular to u. To first order
+# H₁ becomes H₂ − (2/‖u‖²)·(δuᵀ + uδᵀ). With H₂H₂ = I, H₂u = −u and H₂δ = δ,
 #
-#     H₁H₂ = I + (2/‖u‖²)·(uδᵀ − δuᵀ) + terms of order δ²,
+#     H₁H₂ = I + (2/‖u‖²)·(δuᵀ − uδᵀ) + terms of order ‖δ‖²,
 #
 # a small rotation in the plane of u and δ. The penalty cannot part a pair: it stays the same when
 # two columns are exchanged, so equal columns get equal gradients.
 #
 # How long the columns are at the start. The authors' code calls kaiming_uniform_(a=√5) on a tensor
 # (d, k) of the k different columns. That takes k for the number of inputs, and draws uniformly
-# within ±√(6/((1 + a²)·k)) = ±1/√k. H ignores lengths, but gradients go with 1/‖u‖, so a learning
-# rate from the paper is right only with these lengths. For the same reason weight decay on U
-# regularises nothing: it shortens the columns, and angles then move faster. Use 0.
+# within ±√(6/((1 + a²)·k)) = ±1/√k. H ignores lengths, f(tu) = f(u), and the derivative of that by
+# u is t·∇f(tu) = ∇f(u): gradients go with 1/‖u‖. So a learning rate from the paper is right only
+# with these lengths. And weight decay on U regularises nothing: it shortens the columns, and angles
+# then move faster. Use 0.
 #
 # How far r mirrors can move W [App. A]. I − H = −U Γ Uᵀ is 0 on every x perpendicular to all uᵢ,
 # and all that it gives lies in the span of U. Let P be the projector on that span; its rank is at
 # most r. Then I − H = P(I − H). And ‖x − Hx‖ ≤ ‖x‖ + ‖Hx‖ = 2‖x‖, so ‖I − H‖₂ ≤ 2. Together, with
-# σ₁ ≥ σ₂ ≥ … the singular values of W,
+# σ₁ ≥ σ₂ ≥ … the singular values of W, and as each row of W P grows by a factor of 2 at most,
 #
 #     ‖W − W H‖_F = ‖W P (I − H)‖_F ≤ 2·‖W P‖_F ≤ 2·√(σ₁² + … + σ_r²).
 #
@@ -301,6 +302,9 @@ class HRALinear(nn.Module):
     strict     λ = ∞: U passes through Gram–Schmidt; needs init="random" and r ≤ d
     generator  draws U; torch's global one if None
 
+    Claim 11. H, the outputs and the penalty do not depend on the lengths ‖uᵢ‖, and the gradient at
+    uᵢ goes with 1/‖uᵢ‖.
+
     U (d, r) is the one trained tensor: float64 if W is, else float32. Use no weight decay on it.
     The layer takes the mode of its base, training or evaluation. Raises TypeError for a base of
     another kind, and ValueError for an argument out of range or a loaded U without directions.
@@ -310,7 +314,7 @@ class HRALinear(nn.Module):
         self,
         base: nn.Module,
         rank: int = 8,
-        init: str = "identity",
+        init: Literal["identity", "random"] = "identity",
         strict: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
@@ -351,7 +355,8 @@ class HRALinear(nn.Module):
         W = weight_of(self)
         with full_precision(self.normals(), W.dtype) as U:
             _, C = factors(U)
-            return W.flatten(1).to(C.dtype) @ C.T / sizes(U), U.T
+            B = W.flatten(1).to(C.dtype) @ C.T  # W U Γ, its columns multiplied by sizes(U)
+            return B / sizes(U), U.T
 
     @property
     def weight(self) -> Tensor:
@@ -393,11 +398,13 @@ class HRALinear(nn.Module):
     def penalty(self) -> Tensor:
         """penalty(U), or 0 up to rounding if strict.                                        [Eq. 6]
 
-        It reads U outside of the forward pass, and so: with FSDP2, shard with
-        reshard_after_forward=False; in DDP with find_unused_parameters=True, or in a function
-        that torch.func.functional_call runs, compute it within that forward, else the first says
-        "ready only once" and the second has no gradient; where a trainer sums the losses of
-        several batches before a step, divide λ by their number.
+        It reads U after the forward pass. Therefore:
+        - with FSDP2, shard with reshard_after_forward=False;
+        - in DDP with find_unused_parameters=True, call it within the wrapped forward, else backward
+          ends in "ready only once";
+        - with torch.func.functional_call, call it within the function that this runs, else it reads
+          the module's own U and the gradient is 0;
+        - where a trainer sums the losses of several batches for a step, divide λ by their number.
         """
         return penalty(self.normals())
 
@@ -552,7 +559,7 @@ class HRAConv2d(HRALinear):
         """d = c·k·l."""
         kind = type(base)
         if not isinstance(base, nn.Conv2d) or kind.forward is not nn.Conv2d.forward:
-            raise TypeError(f"base: found {kind.__name__}, want an nn.Conv2d with its own forward")
+            raise TypeError(f"base: found {kind.__name__}, want nn.Conv2d and its forward")
         if not isinstance(base.weight, nn.Parameter) or base.weight.dtype not in FLOATS:
             found = f"{type(base.weight).__name__} of {base.weight.dtype}"
             raise TypeError(f"base.weight: found a {found}, want a Parameter of floats")

@@ -88,8 +88,8 @@ def test_H2_reflect_is_the_chain(d, r, seed, dtype, batch):
 @given(D, R, SEEDS)
 @example(1, 1, 0)
 def test_H3_gamma_is_the_recursion(d, r, seed):
-    """gamma(U) is upper triangular and equals the recursion of Eq. 4, D⁻¹ Γ(Û) D⁻¹ with D the
-    diagonal of the lengths ‖uᵢ‖ and Û = U D⁻¹ the columns at length 1."""
+    """gamma(U) is upper triangular, and is D⁻¹ Γ D⁻¹ for the Γ that the paper's recursion
+    gives for the columns at length 1 and for D, the diagonal matrix of their lengths ‖uᵢ‖."""
     U = spread(seed, d, r)
     lengths = U.norm(dim=0)
     unit = U / lengths

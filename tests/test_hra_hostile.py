@@ -221,7 +221,7 @@ def test_a_base_with_its_own_forward_is_called_with_all_arguments():
 
 
 def test_a_convolution_with_its_own_forward_is_refused():
-    with pytest.raises(TypeError, match="found StdConv2d, want an nn.Conv2d with its own forward"):
+    with pytest.raises(TypeError, match="found StdConv2d, want nn.Conv2d and its forward"):
         HRAConv2d(StdConv2d(3, 4, 3))
 
 

@@ -225,6 +225,16 @@ def test_only_the_generator_is_consumed():
     assert torch.equal(state, torch.get_rng_state())
 
 
+def test_moving_one_column_of_a_pair_is_a_rotation():
+    """H₁H₂ = I + (2/‖u‖²)·(δuᵀ − uδᵀ) to first order, for δ ⊥ u."""
+    u, δ = normal(0, 7), normal(1, 7)
+    δ = δ - u * (u @ δ) / (u @ u)
+    R = 2 / (u @ u) * (torch.outer(δ, u) - torch.outer(u, δ))
+    for t in (1e-3, 1e-4):
+        H = chain(torch.stack([u + t * δ, u], 1))
+        close(H, eye(7) + t * R, 10 * t * t * (δ @ δ) / (u @ u))
+
+
 def test_columns_start_as_long_as_the_authors():
     """kaiming_uniform_(a=√5) of a (d, k) tensor, the call in their code, is uniform in ±1/√k."""
     theirs = nn.init.kaiming_uniform_(torch.zeros(4000, 3), a=5**0.5)
