@@ -112,8 +112,8 @@ def chain(U: Tensor) -> Tensor:
 def gamma(U: Tensor) -> Tensor:
     """Γ (r, r) with chain(U) = I + U Γ Uᵀ, in at least float32.                           [Eq. 4]
 
-    Claim 3. gamma(U) is upper triangular, and is D⁻¹ Γ D⁻¹ for the Γ that the paper's recursion
-    gives for the columns at length 1 and for D, the diagonal matrix of their lengths ‖uᵢ‖.
+    Claim 3. gamma(U) is upper triangular, and is D⁻¹ M D⁻¹ where M is what the paper's recursion,
+    Eq. 4 with c = 2, gives for the columns at length 1, and D the diagonal matrix of their lengths.
 
     Its entries go with 1/(‖uᵢ‖·‖uⱼ‖): lengths beyond 1e±17 leave float32 and give inf or NaN.
 
@@ -159,8 +159,8 @@ def factors(U: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tens
     Claim 1. H is orthogonal, from chain(U) and as I + CᵀA: max|HᵀH − I| ≤ 10·d·eps for r ≤
     min(d, 512) and ≤ 20·max(d, r)·eps for more mirrors, in float32 and in float64.
 
-    They come in the widest of `dtype`, float32 and U's own. As rows, not columns, because a
-    gradient of shape (r, d) takes a third of the time of one of shape (d, r).
+    A and C come in the widest of `dtype`, float32 and U's own. They hold rows, not columns, because
+    a gradient of shape (r, d) takes a third of the time of one of shape (d, r).
     """
     with full_precision(U, dtype) as U:
         A = U.T.contiguous() / sizes(U)[:, None]
@@ -189,12 +189,11 @@ def reflect(x: Tensor, U: Tensor) -> Tensor:
 
 # --------------------------------------------------------------------- 3. the regulariser [Eq. 6]
 #
-# The paper pushes the mirrors towards being perpendicular to each other, by λ. With λ = 0 the
-# columns are free. For orthogonal columns UᵀU is diagonal, S is half of it, and so
-# Γ = −2·diag(1/‖uᵢ‖²).
+# The penalty pushes the mirrors towards being perpendicular to each other, the more so the greater
+# λ is. Where they are, UᵀU is diagonal, S is half of it, and Γ = −2·diag(1/‖uᵢ‖²).
 #
-# The limit λ = ∞ makes the columns orthonormal, and calls them Q. Then Γ = −2·I and H = I − 2QQᵀ,
-# which turns round the part of x in the span of Q. Its trace is d − 2·trace(QᵀQ) = d − 2r and that
+# In the limit λ = ∞ the columns are orthonormal, and are called Q here. Then Γ = −2·I, and H = I −
+# 2QQᵀ turns round the part of x in the span of Q. Its trace is d − 2·trace(QᵀQ) = d − 2r and that
 # of I is d, so it is never I: with λ = ∞ training cannot start from the pre-trained layer.
 
 

@@ -88,20 +88,21 @@ def test_H2_reflect_is_the_chain(d, r, seed, dtype, batch):
 @given(D, R, SEEDS)
 @example(1, 1, 0)
 def test_H3_gamma_is_the_recursion(d, r, seed):
-    """gamma(U) is upper triangular, and is D⁻¹ Γ D⁻¹ for the Γ that the paper's recursion
-    gives for the columns at length 1 and for D, the diagonal matrix of their lengths ‖uᵢ‖."""
+    """gamma(U) is upper triangular, and is D⁻¹ M D⁻¹ where M is what the paper's recursion,
+    Eq. 4 with c = 2, gives for the columns at length 1, and D the diagonal matrix of their lengths.
+    """
     U = spread(seed, d, r)
     lengths = U.norm(dim=0)
     unit = U / lengths
-    Γ = torch.full((1, 1), -2.0, dtype=F64)
+    M = torch.full((1, 1), -2.0, dtype=F64)
     for k in range(1, r):
-        column = -2 * Γ @ unit[:, :k].T @ unit[:, k : k + 1]
+        column = -2 * M @ unit[:, :k].T @ unit[:, k : k + 1]
         below = torch.tensor([[0.0] * k + [-2.0]], dtype=F64)
-        Γ = torch.cat([torch.cat([Γ, column], 1), below])
-    bound = 10 * (d + r) * EPS * Γ.abs().max()
+        M = torch.cat([torch.cat([M, column], 1), below])
+    bound = 10 * (d + r) * EPS * M.abs().max()
     assert torch.equal(gamma(U), gamma(U).triu())
-    close(gamma(U) * lengths * lengths[:, None], Γ, bound)
-    close(gamma(unit), Γ, bound)
+    close(gamma(U) * lengths * lengths[:, None], M, bound)
+    close(gamma(unit), M, bound)
     close(unit @ gamma(unit) @ unit.T, chain(U) - eye(d), bound)
 
 
