@@ -55,6 +55,7 @@ def layer(seed, d, o, r, dtype=F64, init="random", strict=False, U=None) -> HRAL
 @given(D, R, SEEDS, WIDE, st.sampled_from([1.0, 1e-1, 1e-2, 1e-3, 1e-6, 0.0]))
 @example(1, 1, 0, F32, 1.0)
 @example(2, 8, 1, F32, 1.0)
+@example(3, 3, 4882, F32, 1e-2)  # 1.1 of the bound if the rows of C keep their rounded lengths
 @example(8, 8, 2, F32, 1e-2)
 @example(64, 64, 3, F32, 1e-3)
 @example(512, 512, 4, F32, 1e-1)
@@ -168,7 +169,7 @@ def test_H7_the_penalty_vanishes_at_orthogonal_columns_only(d, r, seed):
     U = spread(seed, d, r)  # and for any columns it is Eq. 6, word for word
     unit = U / U.norm(dim=0)
     close(penalty(U), (eye(r) - unit.T @ unit).norm() ** 2, 10 * (d + r) * r * EPS)
-    assert (penalty(U) > 0) == (r > 1)
+    assert r == 1 or penalty(U) > 0
 
 
 @given(D, R, SEEDS)
