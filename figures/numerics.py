@@ -135,8 +135,7 @@ def drifts(plan: dict) -> dict[str, dict[int, float]]:
         def look(step: int, layer=layer, kind=kind, eye=eye) -> None:
             """Keep the drift of every tenth part."""
             if step % every == 0:
-                A, C = layer._factors()
-                H = (eye + C.T @ A).detach().double()
+                H = hra.reflect(eye, layer.normals()).T.detach().double()
                 found[kind][step] = (H.T @ H - eye).abs().max().item()
 
         train(layer, plan["steps"], generator, look)

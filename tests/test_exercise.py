@@ -17,7 +17,7 @@ WRONG = {  # a body that a student might hand in
     "hra.reflect": "return x + x @ U @ (U @ gamma(U).T).T",
     "hra.HRALinear.merge": "return self.base",
     "hra.penalty": "return (torch.eye(U.shape[1]) - U.T @ U).square().sum()",
-    "hra.HRALinear.pair": "return self._matrix() @ self.U, self.U.T",
+    "hra.HRALinear.pair": "return self.base.weight @ self.U, self.U.T",
     "hra.gram_schmidt": "return U / U.norm(dim=0)",
     "hra.gamma": "return -2 * torch.eye(U.shape[1], dtype=U.dtype)",
     "resora._kernel": "return torch.exp(-torch.cdist(h, h).square() / (2 * sigma**2))",
@@ -140,7 +140,7 @@ def test_the_default_folder_is_exercises_here(monkeypatch, tmp_path, capsys):
     run(monkeypatch, "hra.gamma")
     names = {file.name for file in (tmp_path / "exercises" / "hra.gamma").iterdir()}
     assert names == {"hra.py", "test_hra.py", "conftest.py"}
-    assert "write the body of gamma and _gamma" in capsys.readouterr().out
+    assert "write the body of gamma (Eq. 3–4)" in capsys.readouterr().out
 
 
 def test_a_students_file_is_kept_unless_forced(tmp_path):

@@ -220,7 +220,7 @@ def directed(U: Tensor) -> bool:
 def gamma(draw):
     U = draw(tensors(draw(SIZE), draw(SIZE)))
     good = directed(U)
-    if good:  # the range that its docstring gives
+    if good:  # the range that its docstring gives; beyond it inf or nan arrive
         lengths = wide(U).abs().amax(0)
         low, high = (1e-17, 1e17) if wider(U.dtype) == F32 else (1e-150, 1e150)
         good = True if ((lengths > low) & (lengths < high)).all() else None
@@ -233,14 +233,14 @@ def gamma(draw):
         near(wide(G) * n * n[:, None], wanted, 1e3 * eps(wider(U.dtype)) * size**2)
         assert G.dtype == wider(U.dtype)
 
-    verdict(lambda: hra.gamma(U), U, good, correct)
+    verdict(lambda: hra.gamma(U), U, good, correct, blind=real(U))
 
 
 @case
 def chain(draw):
     U = draw(tensors(draw(SIZE), draw(SIZE)))
-    correct = lambda H: near(H, literal(U), 1e2 * eps(wider(U.dtype)))  # noqa: E731
-    verdict(lambda: hra.chain(U), U, directed(U), correct)
+    correct = lambda H: near(H, literal(U), 1e2 * eps(U.dtype))  # noqa: E731
+    verdict(lambda: hra.chain(U), U, directed(U), correct, blind=real(U))
 
 
 def small(X: Tensor) -> bool:

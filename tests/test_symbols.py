@@ -39,8 +39,8 @@ def hra_symbols(n: dict[str, int]) -> dict[str, object]:
     return {
         "base.weight": m.base.weight,
         "U": m.U,
-        "gamma(U)": hra.gamma(m.U),
         "chain(U)": hra.chain(m.U),
+        "gamma(U)": hra.gamma(m.U),
         "weight": m.weight,
         "pair()[0]": B,
         "pair()[1]": A,
