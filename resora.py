@@ -190,7 +190,7 @@ def unit(X: Tensor, least: float = EPS) -> Tensor:
     gradients in every metric.
     """
     length = X.norm(dim=0)
-    length = length + 0 * length  # ∞, an overflow, becomes nan: it must not pass for null below
+    length = length + 0 * length  # ∞, an overflow, becomes nan: X/∞ would pass for null
     null = length <= least * len(X) ** 0.5
     return X / length.masked_fill(null, torch.inf)
 
@@ -206,6 +206,7 @@ def euclidean(B: Tensor, S: Tensor, beta: float = 1.0) -> Tensor:
     """
     h = (B.T @ B) * (S.T @ S) / (len(B) * len(S))  # (r, r)
     squares = h.diagonal()
+    squares = squares + 0 * squares  # ∞, an overflow, becomes nan
     d2 = squares[:, None] + squares[None, :] - 2 * h
     return torch.exp(-beta * d2.clamp(min=0))  # rounding can make d² < 0
 
@@ -513,7 +514,6 @@ class ReSoRA:
         self.draws = 0  # calls of `penalty`: the seed of nonlinear's next draw of tokens
         self.inputs = {}  # layer's name: its inputs, each (N, d)
         self.recording = False
-        self.attached = level == "feature"  # a compiled graph keeps hooks that were removed
         self.hooks = []
         if level == "feature":
             self.attach(model)
@@ -528,7 +528,7 @@ class ReSoRA:
 
     def begin(self, model: nn.Module, args: tuple) -> None:
         """Forget the last forward's inputs and record, if this forward has gradients."""
-        self.recording = self.attached and torch.is_grad_enabled()
+        self.recording = torch.is_grad_enabled()
         if self.recording:
             self.inputs = {}
 
@@ -573,7 +573,7 @@ class ReSoRA:
         """Take the hooks off the model and forget the inputs; a second time does no harm."""
         for hook in self.hooks:
             hook.remove()
-        self.attached, self.hooks, self.inputs = False, [], {}
+        self.hooks, self.inputs = [], {}
 
     def __enter__(self) -> "ReSoRA":
         return self

@@ -162,7 +162,7 @@ def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
 def test_gpt2s_conv1d_is_refused(method):
     model = build("gpt2")[0]
     flags = [p.requires_grad for p in model.parameters()]
-    with pytest.raises(ValueError, match=r"ends in \['\.c_attn'\]; found: .*Conv1D"):
+    with pytest.raises(ValueError, match="c_attn.*Conv1D"):
         METHODS[method].adapt(model, {"c_attn": None})  # only the names are looked at
     assert isinstance(model.transformer.h[0].attn.c_attn, Conv1D)
     assert flags == [p.requires_grad for p in model.parameters()]
