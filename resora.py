@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 # ReSoRA (arXiv:2507.20745), formulas inferred. One file, torch only: copy it.
 # Cite: "Regularizing Subspace Redundancy of Low-Rank Adaptation", ACM Multimedia 2025.
-# Version 2.0 (2026-11). Tested with torch 2.11 to 2.14. Known faults, by version: 1.x kept dropout
+# Version 2.0 (2026-11). Tested with torch 2.13 and 2.14. Known faults, by version: 1.x kept dropout
 # on in a model adapted in eval(), lost the step's inputs to generate(), and took KaSA for LoRA.
 r"""ReSoRA — train LoRA so that its rank-one components do not repeat each other.
 
@@ -176,9 +176,8 @@ def redundancy_dense(
 #
 # A feature map has rank one, so the inner product of two of them factors:
 #     ⟨ΔHᵢ, ΔHⱼ⟩ = tr(ΔHᵢᵀ ΔHⱼ) = tr(Bᵢ sᵢᵀsⱼ Bⱼᵀ) = (BᵢᵀBⱼ)·(sᵢᵀsⱼ) = (BᵀB)ᵢⱼ·(SᵀS)ᵢⱼ
-# Two r×r Gram matrices hold everything, and no (N, o) map is ever made. Each function returns the
-# matrix R (r, r) of all pairs. Only nonlinear needs r kernels (N, N) besides.
-
+# The Gram matrices BᵀB and SᵀS (r, r) hold everything. Each function returns the matrix R (r, r) of
+# all pairs. No tensor is larger than S (N, r), but for the r kernels (N, N) of nonlinear.
 
 EPS = 1e-6  # a column whose root mean square is at most this is null: it repeats nothing
 
@@ -196,25 +195,29 @@ def unit(X: Tensor, least: float = EPS) -> Tensor:
 
 
 def euclidean(B: Tensor, S: Tensor, beta: float = 1.0) -> Tensor:
-    """With hᵢⱼ = ⟨ΔHᵢ, ΔHⱼ⟩/(N·o), the mean square distance of two maps is hᵢᵢ + hⱼⱼ − 2hᵢⱼ.
+    """d² from inner products: ‖ΔHᵢ − ΔHⱼ‖² = ⟨ΔHᵢ, ΔHᵢ⟩ + ⟨ΔHⱼ, ΔHⱼ⟩ − 2·⟨ΔHᵢ, ΔHⱼ⟩.
 
-    At B = 0 all maps are equal, so R = 1, and the gradient is 0. Multiply out the squares to see
-    what lowers this R: growing components, most of all if their sum ΣᵢΔHᵢ, the output, stays small.
+    At B = 0 all maps are equal, so R = 1, and the gradient is 0.
+
+    Sum that line over the pairs i < j. Each ‖ΔHᵢ‖² occurs r − 1 times, and twice the mixed terms is
+    2·Σ_{i<j} ⟨ΔHᵢ, ΔHⱼ⟩ = ‖Σᵢ ΔHᵢ‖² − Σᵢ ‖ΔHᵢ‖². So this R falls when components grow, most of all
+    if their sum, the output, stays small.
 
     Claim 11. Σ_{i<j} ‖ΔHᵢ − ΔHⱼ‖² = r·Σᵢ ‖ΔHᵢ‖² − ‖Σᵢ ΔHᵢ‖², which quadruples when B doubles, and
     euclidean falls.
     """
-    h = (B.T @ B) * (S.T @ S) / (len(B) * len(S))  # (r, r)
-    squares = h.diagonal()
+    inner = (B.T @ B) * (S.T @ S) / (len(B) * len(S))  # (r, r), of all pairs, mean over N·o
+    squares = inner.diagonal()
     squares = squares + 0 * squares  # ∞, an overflow, becomes nan
-    d2 = squares[:, None] + squares[None, :] - 2 * h
+    d2 = squares[:, None] + squares[None, :] - 2 * inner
     return torch.exp(-beta * d2.clamp(min=0))  # rounding can make d² < 0
 
 
 def cosine(B: Tensor, S: Tensor) -> Tensor:
     """cos² of the maps = (cos of Bᵢ and Bⱼ · cos of sᵢ and sⱼ)², as ‖ΔHᵢ‖ = ‖Bᵢ‖·‖sᵢ‖.
 
-    Had we taken each token by itself, codes would be single numbers, whose cosine is ±1.
+    This is why the maps are taken as one vector for all tokens. Of one token by itself, the codes
+    are single numbers, whose cosine is ±1.
 
     Claim 4. For a single token with codes that are not 0, cosine is cos²(Bᵢ, Bⱼ), whatever the
     token, and A gets no gradient.
@@ -265,10 +268,11 @@ def redundancy(
     generator: torch.Generator | int | None = None,
     center: bool = True,
 ) -> Tensor:
-    """Mean of R over the pairs i < j of components, for B (o, r) and codes S (N, r); ≥ float32.
+    """Mean of R over the pairs i < j of components, for B (o, r) and codes S (N, r).
 
-    Options as for `redundancy_dense`. A pair with a null component counts as 0; in euclidean two
-    null components are equal, which is 1. Raises ValueError.
+    Options as for `redundancy_dense`. Half B and S are computed with in float32. A pair with a null
+    component counts as 0; in euclidean two null components are equal, which is 1. Raises
+    ValueError.
 
     Claim 1. redundancy equals redundancy_dense in every metric: value, gradient of B and gradient
     of S.
@@ -311,6 +315,10 @@ def redundancy(
 # columns of B' are orthonormal, so cosine is 0. The codes are x A'ᵀ = (x Cᵀ)V, and centred they are
 # TV with T = x Cᵀ centred. SVD gives T = PΣVᵀ, and with this V the codes are TV = PΣ: their columns
 # are orthogonal, which means that the codes are uncorrelated, and linear is 0.
+#
+# Nonlinear cannot be brought to 0 in this way. If x = (cos t, sin t) runs around a circle, the code
+# of every row of A is a wave a·cos(t − φ). Two waves are alike, however far their phases φ are
+# apart: least, with 0.071, a quarter turn apart, where they are uncorrelated.
 
 
 @torch.no_grad()
@@ -343,7 +351,7 @@ def regauge(B: Tensor, A: Tensor, x: Tensor | None = None) -> tuple[Tensor, Tens
         T = C.T  # (d, k)
         if x is not None:
             T = centered(x.reshape(-1, x.shape[-1]).to(dtype) @ C.T)  # (N, k)
-        T = torch.linalg.qr(T, mode="r").R  # at most (k, k), with the same TᵀT, so the same V
+        T = torch.linalg.qr(T, mode="r").R  # at most (k, k), with the same TᵀT and so the same V
         V = torch.linalg.svd(T).Vh.T  # (k, k)
         null = B.shape[1] - V.shape[1]  # r − k
         B, A = F.pad(Q @ V, (0, null)).to(B), F.pad(V.T @ C, (0, 0, 0, null)).to(A)
@@ -406,9 +414,7 @@ class LoRALinear(nn.Module):
         W = self.base.weight
         if W.dtype not in FLOATS:
             return W
-        B, A = self.pair()
-        with full_precision(W):
-            return (at_least_float32(W) + B @ A).to(W.dtype)  # rounded once
+        return plus_product(W, *self.pair())
 
     @property
     def bias(self) -> Tensor | None:
@@ -434,9 +440,7 @@ class LoRALinear(nn.Module):
         """
         base = self.base.merge() if isinstance(self.base, LoRALinear) else self.base
         check_mergeable(base, A=self.A, B=self.B)
-        B, A = self.pair()
-        with full_precision(A), torch.no_grad():
-            W = (at_least_float32(base.weight) + B @ A).to(base.weight.dtype)
+        W = plus_product(base.weight, *self.pair()).detach()
         plain = nn.Linear(*W.T.shape, bias=False, device="meta")  # draws no random numbers
         plain.weight = nn.Parameter(W)
         if base.bias is not None:
@@ -465,15 +469,16 @@ class ReSoRA:
     detach_input  the R of a layer has no gradient on the layers before it (False: it has, but not
                   through reentrant checkpointing)
 
-    The active adapters of a PEFT layer are one set of components. Attach anew after set_adapter,
-    and to a copy of the model: a copy knows nothing of this object. Attach before torch.compile.
-    nonlinear draws other tokens in each step; compiled with fullgraph=True it cannot draw.
+    The active adapters of a PEFT layer are one set of components. Attach before torch.compile, anew
+    after set_adapter, and anew to a copy (copy.deepcopy, AveragedModel): this object, like what
+    `adapt` returned, still means the original. nonlinear draws other tokens in each step, which it
+    cannot do if `penalty` is compiled with fullgraph=True.
 
-    "Latest forward" means a call of `model` itself with gradients. What runs under no_grad between
-    it and `penalty`, as generate() or a reference pass, is neither recorded nor does it erase
-    anything. A layer that is called twice in one forward has the tokens of both calls. A layer that
-    does not run, or gets no token, is left out of the mean; so is one whose weight is only read.
-    Padding tokens count. No layer may change its input in place.
+    The latest forward is the last call of `model` itself, not of a part of it, that had gradients.
+    What runs under no_grad before `penalty`, such as generate() or a reference pass, is not
+    recorded and erases nothing. A layer called twice in one forward has the tokens of both calls. A
+    layer that does not run, or gets no token, is left out of the mean, and so is one whose weight
+    is read without a call. Padding tokens count. No layer may change its input in place.
 
     With transformers' Trainer, add the penalty in compute_loss only `if model.training`, divided by
     self.current_gradient_accumulation_steps where Trainer normalises the loss by items in a batch.
@@ -548,9 +553,9 @@ class ReSoRA:
             self.inputs.setdefault(name, []).append(x)
 
     def penalty(self) -> Tensor:
-        """The mean of R over the layers, ≥ float32; at level "feature" once after each forward.
+        """The mean of R over the layers that ran; at level "feature" call it once after a forward.
 
-        It forgets the inputs. Raises ValueError if there are none, or if a layer is merged.
+        It forgets the inputs. Raises ValueError if there are none, or if a PEFT layer is merged.
         """
         inputs, self.inputs = self.inputs, {}
         self.draws += 1
@@ -689,6 +694,7 @@ def adapt(
     layers = find_layers(model, targets, nn.Linear)
 
     def make(name: str, layer: nn.Module) -> LoRALinear:
+        """A LoRALinear around this layer."""
         return LoRALinear(layer, rank, **options)
 
     return replace_layers(model, layers, make)
@@ -731,6 +737,13 @@ def full_precision(X: Tensor) -> torch.autocast:
     """A block in which autocast does not turn the matrix products on X's device to half."""
     device = "cpu" if X.is_meta else X.device.type
     return torch.autocast(device, enabled=False)
+
+
+def plus_product(W: Tensor, B: Tensor, A: Tensor) -> Tensor:
+    """W + B A in W's dtype, computed in at least float32 and rounded once."""
+    with full_precision(W):
+        product = at_least_float32(B) @ at_least_float32(A)
+        return (at_least_float32(W) + product).to(W.dtype)
 
 
 def centered(S: Tensor) -> Tensor:
@@ -802,7 +815,7 @@ def check_mergeable(base: nn.Module, **factors: Tensor) -> None:
         raise TypeError(f"base.weight: found {base.weight.dtype}, want one of {FLOATS} to merge")
     if type(base).forward is not nn.Linear.forward:
         kind = type(base).__name__
-        raise TypeError(f"base: found a {kind}, want nn.Linear's forward to merge; unwrap it first")
+        raise TypeError(f"base: found a {kind}, want nn.Linear's forward; merge or unwrap it first")
     for name, tensor in {"base.weight": base.weight, **factors}.items():
         if tensor.is_meta:
             raise ValueError(f"{name}: found it on the meta device, without numbers; want it real")

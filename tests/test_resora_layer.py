@@ -239,6 +239,18 @@ def test_dtypes(dtype):
     close(layer.merge().weight, exact, eps(dtype) * exact.abs().max().item())  # rounded once
 
 
+def test_a_model_turned_to_half_merges_without_half_sums():
+    base = nn.Linear(300, 5)
+    layer = filled(LoRALinear(base, 40, alpha=41)).to(BF16)
+    B, A = layer.pair()
+    exact = base.weight.double() + B.double() @ A.double()
+    for W in (
+        layer.weight,
+        layer.merge().weight,
+    ):  # half an eps of a number in [1, 2), rounded once
+        within(((W.double() - exact) / exact).abs().max(), eps(BF16) / 2 * 1.01)
+
+
 def test_autocast():
     layer = filled(LoRALinear(nn.Linear(6, 5), 3))
     x = torch.randn(4, 6)
