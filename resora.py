@@ -185,8 +185,8 @@ EPS = 1e-6  # a column whose root mean square is at most this is null: it repeat
 def unit(X: Tensor, least: float = EPS) -> Tensor:
     """The columns of X (n, r) at length 1. Null columns become 0, and get no gradient.
 
-    Claim 6. B = 0, the start of LoRA, as every other null component, gives finite values and
-    gradients in every metric.
+    Claim 6. B = 0, the start of LoRA, and any other null component give finite values and gradients
+    in every metric.
     """
     length = X.norm(dim=0)
     length = length + 0 * length  # ∞, an overflow, becomes nan: X/∞ would pass for null
@@ -229,8 +229,8 @@ def cosine(B: Tensor, S: Tensor) -> Tensor:
 def linear(B: Tensor, S: Tensor, center: bool = True) -> Tensor:
     """With sᵢ centred, ΔHᵢᵀΔHⱼ = Bᵢ (sᵢᵀsⱼ) Bⱼᵀ = N·cov(sᵢ, sⱼ)·BᵢBⱼᵀ, of norm N·|cov|·‖Bᵢ‖·‖Bⱼ‖.
 
-    In the quotient of `linear_maps` N, ‖Bᵢ‖ and ‖Bⱼ‖ cancel. cov(sᵢ, sⱼ)²/(cov(sᵢ, sᵢ)·cov(sⱼ, sⱼ))
-    is left. Independent normal codes have 1/(N − 1) on average, not 0.
+    In the quotient of `linear_maps` N, ‖Bᵢ‖ and ‖Bⱼ‖ cancel, so B is unused. What is left is
+    cov(sᵢ, sⱼ)² / (var(sᵢ)·var(sⱼ)). Independent normal codes have 1/(N − 1) on average, not 0.
 
     Claim 3. linear is ρᵢⱼ², the squared Pearson correlation of two codes, and B gets no gradient.
     """
@@ -333,8 +333,8 @@ def regauge(B: Tensor, A: Tensor, x: Tensor | None = None) -> tuple[Tensor, Tens
     Claim 5. B'A' = BA for every N and r; cosine is 0 for B' and A', and on the given x so is
     linear.
 
-    Claim 13. Nonlinear forbids some ΔW: for a ΔW of rank 2 and inputs x = (cos t, sin t) around a
-    circle, no factors B (o, 2) and A (2, 2) bring it below 0.07.
+    Claim 13. Nonlinear forbids some ΔW: for a ΔW of rank 2 and 16 or more inputs (cos t, sin t), in
+    equal steps around a circle, no factors B (o, 2) and A (2, 2) bring it below 0.07.
 
     >>> B, A = regauge(torch.tensor([[3.0, 3], [4, 4]]), torch.tensor([[1.0, 0], [0, 2]]))
     >>> (B @ A).round(decimals=4)
@@ -458,6 +458,37 @@ class LoRALinear(nn.Module):
 # afterwards. Codes that were recorded instead would carry no gradient where gradient checkpointing
 # runs the layers under no_grad. The mean over layers is [inferred], as is level="weight": [paper]
 # compares it with the feature level, and our form of it is S = Aᵀ.
+
+
+def codes(inputs: list[Tensor], A: Tensor) -> Tensor:
+    """S = x Aᵀ (N, r) for the inputs of all calls of a layer, each (N, d)."""
+    x = torch.cat(inputs) if len(inputs) > 1 else inputs[0]
+    with full_precision(x):
+        return x @ A.T.to(x.dtype)
+
+
+def is_lora(module: nn.Module) -> bool:
+    """LoRALinear, or a PEFT layer with an active adapter: it has {adapter: A} in lora_A."""
+    if isinstance(module, LoRALinear):
+        return True
+    if not isinstance(getattr(module, "lora_A", None), nn.ModuleDict):
+        return False
+    adapters = [*module.lora_A, *getattr(module, "lora_embedding_A", {})]
+    return any(name in adapters for name in getattr(module, "active_adapters", []))
+
+
+def lora_pair(name: str, layer: nn.Module) -> tuple[Tensor, Tensor]:
+    """(B (o, r), A (r, d)) of the layer of this name, with the scaling in B.
+
+    The active adapters of a PEFT layer stand side by side. Raises ValueError if they are not plain.
+    """
+    if isinstance(layer, LoRALinear):
+        return layer.pair()
+    check_peft(name, layer)
+    active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
+    B = [layer.scaling[adapter] * layer.lora_B[adapter].weight for adapter in active]
+    A = [layer.lora_A[adapter].weight for adapter in active]
+    return torch.cat(B, 1), torch.cat(A)
 
 
 class ReSoRA:
@@ -585,37 +616,6 @@ class ReSoRA:
 
     def __exit__(self, *error: object) -> None:
         self.remove()
-
-
-def codes(inputs: list[Tensor], A: Tensor) -> Tensor:
-    """S = x Aᵀ (N, r) for the inputs of all calls of a layer, each (N, d)."""
-    x = torch.cat(inputs) if len(inputs) > 1 else inputs[0]
-    with full_precision(x):
-        return x @ A.T.to(x.dtype)
-
-
-def is_lora(module: nn.Module) -> bool:
-    """LoRALinear, or a PEFT layer with an active adapter: it has {adapter: A} in lora_A."""
-    if isinstance(module, LoRALinear):
-        return True
-    if not isinstance(getattr(module, "lora_A", None), nn.ModuleDict):
-        return False
-    adapters = [*module.lora_A, *getattr(module, "lora_embedding_A", {})]
-    return any(name in adapters for name in getattr(module, "active_adapters", []))
-
-
-def lora_pair(name: str, layer: nn.Module) -> tuple[Tensor, Tensor]:
-    """(B (o, r), A (r, d)) of the layer of this name, with the scaling in B.
-
-    The active adapters of a PEFT layer stand side by side. Raises ValueError if they are not plain.
-    """
-    if isinstance(layer, LoRALinear):
-        return layer.pair()
-    check_peft(name, layer)
-    active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
-    B = [layer.scaling[adapter] * layer.lora_B[adapter].weight for adapter in active]
-    A = [layer.lora_A[adapter].weight for adapter in active]
-    return torch.cat(B, 1), torch.cat(A)
 
 
 # --------------------------------------------------------------------------- 6. a whole model

@@ -158,7 +158,7 @@ def test_R5_regauge_keeps_the_product_and_removes_the_redundancy(seed, N, o, d, 
 
 @given(SEEDS, st.integers(1, 12), O, st.integers(1, 6), st.sampled_from(METRICS))
 def test_R6_zero_B_is_finite(seed, N, o, r, metric):
-    """B = 0, the start of LoRA, as every other null component, gives finite values and gradients in
+    """B = 0, the start of LoRA, and any other null component give finite values and gradients in
     every metric."""
     B, S, some = draw(seed, (o, r), (N, r), (o, r))
     one_null, constant = some.clone(), S.clone()
@@ -296,8 +296,8 @@ def test_R12_linear_and_nonlinear_train_A_alone(seed, N, r, metric):
 @given(SEEDS, st.integers(16, 100), O, st.floats(0, math.pi))
 @example(0, 16, 2, math.pi / 2)  # the minimum: codes a quarter turn apart
 def test_R13_nonlinear_forbids_some_products(seed, N, o, turn):
-    """Nonlinear forbids some ΔW: for a ΔW of rank 2 and inputs x = (cos t, sin t) around a circle,
-    no factors B (o, 2) and A (2, 2) bring it below 0.07."""
+    """Nonlinear forbids some ΔW: for a ΔW of rank 2 and 16 or more inputs (cos t, sin t), in equal
+    steps around a circle, no factors B (o, 2) and A (2, 2) bring it below 0.07."""
     angles = torch.arange(N, dtype=torch.float64) * (2 * math.pi / N)
     x = torch.stack([angles.cos(), angles.sin()], 1)
     B, A = draw(seed, (o, 2), (2, 2))
