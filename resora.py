@@ -182,16 +182,24 @@ def redundancy_dense(
 EPS = 1e-6  # a column whose root mean square is at most this is null: it repeats nothing
 
 
-def unit(X: Tensor, least: float = EPS) -> Tensor:
-    """The columns of X (n, r) at length 1. Null columns become 0, and get no gradient.
+def lengths(X: Tensor, least: float = EPS) -> Tensor:
+    """The lengths (r,) of the columns of X (n, r), with ∞ for null columns.
+
+    What is divided by ∞ is 0 and passes no gradient.
 
     Claim 6. B = 0, the start of LoRA, and any other null component give finite values and gradients
     in every metric.
     """
     length = X.norm(dim=0)
-    length = length + 0 * length  # ∞, an overflow, becomes nan: X/∞ would pass for null
+    length = length + 0 * length  # a length that overflowed becomes nan, and is not taken for null
     null = length <= least * len(X) ** 0.5
-    return X / length.masked_fill(null, torch.inf)
+    return length.masked_fill(null, torch.inf)
+
+
+def cosines(X: Tensor, least: float = EPS) -> Tensor:
+    """The cosines (r, r) of all pairs of columns of X (n, r), 0 for null columns."""
+    length = lengths(X, least)
+    return (X.T @ X) / length[:, None] / length[None, :]
 
 
 def euclidean(B: Tensor, S: Tensor, beta: float = 1.0) -> Tensor:
@@ -222,8 +230,7 @@ def cosine(B: Tensor, S: Tensor) -> Tensor:
     Claim 4. For a single token with codes that are not 0, cosine is cos²(Bᵢ, Bⱼ), whatever the
     token, and A gets no gradient.
     """
-    B, S = unit(B), unit(S)
-    return ((B.T @ B) * (S.T @ S)).square()
+    return (cosines(B) * cosines(S)).square()
 
 
 def linear(B: Tensor, S: Tensor, center: bool = True) -> Tensor:
@@ -236,8 +243,7 @@ def linear(B: Tensor, S: Tensor, center: bool = True) -> Tensor:
     """
     if center:
         S = centered(S)
-    S = unit(S)
-    return (S.T @ S).square()
+    return cosines(S).square()
 
 
 def nonlinear(B: Tensor, S: Tensor, sigma: float = 1.0) -> Tensor:
@@ -250,11 +256,12 @@ def nonlinear(B: Tensor, S: Tensor, sigma: float = 1.0) -> Tensor:
     Claim 9. For s₂ = s₁² − 1 with s₁ normal and symmetric about 0, linear is 0, and nonlinear, on
     64 tokens or more, is above 0.12, three times what independent codes have there.
     """
-    z = len(S) ** 0.5 * unit(centered(S)).T  # (r, N), standard deviation 1
+    S = centered(S)
+    z = len(S) ** 0.5 * (S / lengths(S)).T  # (r, N), standard deviation 1
     K = torch.expm1(-(z[:, :, None] - z[:, None, :]).square() / (2 * sigma**2))  # (r, N, N)
-    K = K - K.mean(1, keepdim=True) - K.mean(2, keepdim=True) + K.mean((1, 2), keepdim=True)
-    K = unit(K.flatten(1).T, least=0.0)  # (N², r)
-    return K.T @ K
+    K = K - K.mean(1, keepdim=True)
+    K = K - K.mean(2, keepdim=True)  # with the line above, what `rbf_kernel` does in one
+    return cosines(K.flatten(1).T, least=0.0)  # of r columns (N²,)
 
 
 def redundancy(
@@ -749,8 +756,8 @@ def plus_product(W: Tensor, B: Tensor, A: Tensor) -> Tensor:
 def centered(S: Tensor) -> Tensor:
     """S (N, r) minus its mean over the tokens, where a code that is constant becomes exactly 0.
 
-    Subtracting the mean c of a constant code leaves rounding errors of some eps·|c|. `unit` would
-    divide by their size, and make them a code like any other.
+    Subtracting the mean c of a constant code leaves rounding errors of some eps·|c|. Divided by
+    their length, they would be a code like any other.
     """
     mean = S.mean(0)
     C = S - mean
