@@ -1,86 +1,144 @@
 # SPDX-License-Identifier: MIT
-# ReSoRA (arXiv:2507.20745) in closed form, for any LoRA; one self-contained file: copy it.
+# ReSoRA (arXiv:2507.20745), formulas inferred. One file, torch only: copy it.
 # Cite: "Regularizing Subspace Redundancy of Low-Rank Adaptation", ACM Multimedia 2025.
-r"""ReSoRA: train LoRA with L = L_task + λ·R(ΔH₁ … ΔH_r), where ΔH_i = s_i B_iᵀ is the output of one
-rank-one component and R says how much the components repeat each other.
+# Version 2.0 (2026-11). Tested with torch 2.13 and 2.14. Known faults, by version: 1.x kept dropout
+# on in a model adapted in eval(), lost the step's inputs to generate(), and took KaSA for LoRA.
+r"""ReSoRA — train LoRA so that its rank-one components do not repeat each other.
 
-Paper: "Regularizing Subspace Redundancy of Low-Rank Adaptation", ACM Multimedia 2025,
-arXiv:2507.20745, doi 10.1145/3746027.3755359. Its equations were not available to us, only the
-components, four families of R, two stages (LoRA, then with R) and the default, linear: every
-formula of R below is inferred, and marked so term by term.
+A LoRA of rank r adds ΔW = BA to a weight W. It is a sum of r components, ΔW = Σᵢ Bᵢ Aᵢᵀ: Bᵢ (o,) is
+column i of B, and Aᵢ (d,) is row i of A, both as vectors. In the formulas B includes LoRA's factor
+`scaling`. On inputs x (N, d), which are N tokens, component i reads the number xₙ·Aᵢ from each
+token. These numbers are its code sᵢ = x Aᵢ (N,), and it adds the feature map ΔHᵢ = sᵢ Bᵢᵀ (N, o) to
+the layer's output. ReSoRA adds to the loss how alike these maps are:
 
-Symbols (rows, columns; torch's weight is (out, in) = (o, d), where the paper writes d×k):
+    L = L_task + λ · mean over layers and over pairs i < j of R(ΔHᵢ, ΔHⱼ)
+
+    layers = adapt(model, ["q_proj", "v_proj"], rank=8)  # or a model with PEFT's LoRA
+    regularizer = ReSoRA(model)
+    loss = task_loss(model(x)) + 0.1 * regularizer.penalty()  # in each step, after the forward
+    regularizer.remove(), merge(model)  # after training: plain Linears again
+
+The paper has four kinds of R. Three facts about them, each shown below:
+  - linear (the default) and nonlinear depend on the codes alone. They train A and give B no
+    gradient at all; euclidean and cosine train both.
+  - cosine and linear forbid no ΔW. The same ΔW has other factors for which they are 0, and these
+    are what `regauge` computes. They can only change the path of training. Nonlinear does forbid
+    some ΔW.
+  - euclidean falls when components grow and cancel each other. Watch ‖Bᵢ‖ or use weight decay.
+
+What differs from the paper. We had only its abstract and two summaries, not its equations. In the
+docstrings [paper] marks what these say and [inferred] what is our reading. A correction belongs in
+one `*_maps` function of part 1 and its twin in part 2. Our x has tokens in rows, the paper's in
+columns: ΔHᵢ = BᵢAᵢᵀX there. We compute R from codes and never build a feature map. The paper adds R
+to a LoRA that is already trained; here R may also be on from the first step, with B = 0.
+
+Symbols (rows, columns). torch's weight is (out, in), here (o, d).
   paper | here        | shape  | meaning
-  W     | base.weight | (o, d) | the pre-trained weight, frozen
-  A     | A           | (r, d) | rows A_i, trained
-  B     | B           | (o, r) | columns B_i, trained, zero at first
-  W+ΔW  | weight      | (o, d) | the adapted weight, ΔW = scaling·B A
-  X     | x           | (N, d) | inputs: N tokens, every leading axis flattened (paper: columns)
-  S=AX  | S           | (N, r) | codes, S = x Aᵀ, columns s_i (paper: rows)
-  R     | penalty()   | ()     | redundancy, mean over the pairs i < j, then over layers
+  W     | base.weight | (o, d) | pre-trained weight, frozen
+  A     | A           | (r, d) | rows Aᵢ, trained
+  B     | B           | (o, r) | columns Bᵢ, trained, zero at first; in formulas times `scaling`
+  W+ΔW  | weight      | (o, d) | adapted weight
+  X     | x           | (N, d) | inputs, every leading axis flattened
+  S=AX  | S           | (N, r) | codes, S = x Aᵀ, columns sᵢ
+  R     | penalty()   | ()     | redundancy, mean over pairs, then over layers
 
-Derivation (cᴮ_ij and cˢ_ij are the cosines of columns i and j of B and of S):
-  1. x ΔWᵀ = Σ_i s_i B_iᵀ: a sum of r matrices ΔH_i (N, o), each of rank one.              [paper]
-  2. ⟨ΔH_i, ΔH_j⟩ = tr(B_i s_iᵀ s_j B_jᵀ) = (BᵀB)_ij·(SᵀS)_ij =: h_ij: two r×r Grams hold it all.
-  3. euclidean: R_ij = exp(−β·d²), d² = ‖ΔH_i − ΔH_j‖²/(N·o) = (h_ii + h_jj − 2·h_ij)/(N·o).
-     [Euclidean distance, β: paper; mean square, exp, β = 1: inferred]
-  4. cosine: R_ij = h_ij²/(h_ii·h_jj) = (cᴮ_ij·cˢ_ij)²  [cosine: paper; square, flat ΔH_i: inferred]
-  5. linear: R_ij = ‖C_ij‖²/(‖C_ii‖·‖C_jj‖), C_ij = ΔH_iᵀ ΔH_j after centring over the tokens.
-     C_ij = N·cov(s_i, s_j)·B_i B_jᵀ has rank one, so ‖B_i‖, ‖B_j‖ cancel and R_ij = ρ_ij², the
-     squared Pearson correlation of two codes: centred linear CKA.
-     [Frobenius norm of the cross-covariance, normalised: paper; centring, square, norms: inferred]
-  6. nonlinear: step 5 in the feature space of an RBF kernel. Tokens n, m are ‖B_i‖·|s_ni − s_mi|
-     apart in ΔH_i; with bandwidth σ·(rms distance of its rows from their mean), B_i cancels again:
-     K_i = exp(−(z_ni − z_mi)²/(2σ²)), z_i = (s_i − mean)/std, and R_ij is the cosine of K_i and
-     K_j, both centred on both sides. K − 1 centred is the same and does not cancel as K → 1.
-     [RBF kernel: paper; CKA, this bandwidth, σ = 1: inferred]
-  7. level="weight": S := Aᵀ, as if the tokens were the d unit inputs; linear then not centred.
-     [weight level: paper; this form of it: inferred]
-
-Claims (a test of each id in tests/test_resora.py):
-  R1  closed form = redundancy_dense in every metric: value, gradient of B, gradient of S
-  R2  weight = feature level if xᵀx ∝ I; euclidean: (N/d)·I; linear: zero mean; nonlinear: x ∝ I
-  R3  linear is the squared Pearson correlation of the codes and has no gradient in B
-  R4  per token, the squared cosine is cos²(B_i, B_j) where codes are non-zero: it cannot see x
-  R5  regauge keeps BA for every N and r, brings cosine to 0 and, given x, linear on x to 0
-  R6  B = 0, the LoRA start, gives finite values and gradients in every metric
-  R7  rank 1 gives 0 in every metric
-  R8  cosine, linear, nonlinear: in [0, 1], whatever the order, sign and scale of components
-  R9  nonlinear sees s₂ = s₁² − 1 for s₁ symmetric about 0, linear does not
-  R10  penalty changes no bit of the output, no merged weight and no global random state
-  R11  Σ_{i<j}‖ΔH_i − ΔH_j‖² = r·Σ‖ΔH_i‖² − ‖ΣΔH_i‖²: euclidean pays for growing components
-
-Beware: (BG⁻¹, GA) has the same ΔW for every invertible G, and R5 is one with R = 0. So cosine
-restricts no ΔW, and linear does at most through inputs it was not gauged on: both change the path
-of training. By R11 euclidean falls as components grow and cancel: watch ‖B_i‖, use weight decay.
-
-Cost: trained numbers r·(d + o) a layer, LoRA's own; at inference nothing. penalty() adds x Aᵀ and
-O(N·r²) work, memory O(N·r + r²), nonlinear r·n² more for n = min(N, samples) tokens; never N·o·r.
-For independent Gaussian codes nonlinear is not 0 but 0.074, 0.019, 0.0095, 0.0046 at n = 32, 128,
-256, 512 (σ = 1), and linear 1/(N − 1). Without that floor, but no longer ≥ 0: diagonals of K and L
-set to 0, ⟨K, L⟩ := [ΣK∘L + ΣK·ΣL/((n−1)(n−2)) − 2·ΣKL/(n−2)]/(n(n−3)), Σ over all entries.
-Differs from the paper: formulas inferred; codes for feature maps (the paper reports 18–34 % more
-training time); R may be on from the first step (R6). The authors' code was not consulted.
+How to read: 1 the four metrics on feature maps, 2 the same in closed form, 3 many factors of one
+ΔW, 4 LoRA, 5 the regulariser, 6 a whole model, 7 numerics (guards that the formulas above it call).
+"Claim 5" is tested by test_R5_… in tests/test_resora.py.
 """
 
-from collections import defaultdict
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from itertools import combinations
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-METRICS = ("euclidean", "cosine", "linear", "nonlinear")
-EPS = 1e-6  # a column with a smaller root mean square is null: it repeats nothing
+Metric = Literal["euclidean", "cosine", "linear", "nonlinear"]
+Level = Literal["feature", "weight"]
+METRICS = get_args(Metric)  # the four names
+
+# ------------------------------------------------------- 1. four metrics, on the feature maps
+#
+# These are slow and literal, one pair at a time: G and H are two feature maps (N, o). The tests
+# compare part 2 with them. They are 0/0 where a component is null, which means that Bᵢ or its code
+# is 0; for linear and nonlinear, which centre the codes, a constant code is null as well.
 
 
-def redundancy(
+def euclidean_maps(G: Tensor, H: Tensor, beta: float = 1.0) -> Tensor:
+    """exp(−β·d²) with d² the mean of (G − H)²: 1 for equal maps, near 0 for distant ones.
+
+    [Euclidean distance and its scale β: paper, Eq. 5; exp, mean, β = 1: inferred]
+    """
+    return torch.exp(-beta * (G - H).square().mean())
+
+
+def cosine_maps(G: Tensor, H: Tensor) -> Tensor:
+    """cos² of the angle between the maps, each taken as one vector of N·o numbers.
+
+    [cosine: paper; the square, one vector for all tokens: inferred]
+    """
+    return ((G * H).sum() / (G.norm() * H.norm())).square()
+
+
+def linear_maps(G: Tensor, H: Tensor, center: bool = True) -> Tensor:
+    """‖GᵀH‖² / (‖GᵀG‖·‖HᵀH‖), with the mean over the tokens subtracted from both maps.
+
+    GᵀH (o, o) is then N times the covariance of G's features with H's. Another reading: ‖GᵀH‖² =
+    tr(HᵀG GᵀH) = tr(GGᵀ HHᵀ) = ⟨GGᵀ, HHᵀ⟩, so this is the cosine of the kernels GGᵀ and HHᵀ (N, N),
+    which hold the inner products of all pairs of tokens. It is known as CKA, centred kernel
+    alignment. center=False is for rows that are no sample of tokens, and subtracts nothing.
+
+    [norm of the cross-covariance, normalised: paper; square, centring, these norms: inferred]
+    """
+    if center:
+        G, H = G - G.mean(0), H - H.mean(0)
+    return (G.T @ H).norm().square() / ((G.T @ G).norm() * (H.T @ H).norm())
+
+
+def rbf_kernel(H: Tensor, sigma: float) -> Tensor:
+    """The RBF kernel K = exp(−‖hₙ − hₘ‖²/(2σ²v)) of all pairs of rows hₙ, hₘ of H, centred (N, N).
+
+    v is the mean of ‖hₙ − h̄‖², h̄ the mean row: multiplying H by a number changes nothing.
+
+    To centre means: K holds the inner products of some features, Kₙₘ = ⟨φₙ, φₘ⟩, and wanted are
+    those of φₙ minus the mean φ̄ of all φ. Multiplied out, ⟨φₙ − φ̄, φₘ − φ̄⟩ is
+    Kₙₘ − (mean of row n) − (mean of column m) + (mean of all).
+    """
+    v = (H - H.mean(0)).square().sum(1).mean()
+    distances = (H[:, None] - H[None]).square().sum(2)  # (N, N)
+    K = torch.exp(-distances / (2 * sigma**2 * v))
+    return K - K.mean(1, keepdim=True) - K.mean(0) + K.mean()
+
+
+def nonlinear_maps(G: Tensor, H: Tensor, sigma: float = 1.0) -> Tensor:
+    """The cosine of the two centred RBF kernels: as `linear_maps`, with another kernel.
+
+    [RBF kernel: paper; CKA, the width σ·√v, σ = 1: inferred]
+    """
+    K, L = rbf_kernel(G, sigma), rbf_kernel(H, sigma)
+    return (K * L).sum() / (K.norm() * L.norm())
+
+
+def draw_tokens(S: Tensor, samples: int, generator: torch.Generator | int | None) -> Tensor:
+    """At most `samples` rows of S (N, r), all different: a kernel of all N may be too large.
+
+    generator: torch's, or the seed of one; None is 0. The global generator is left alone.
+    """
+    if len(S) <= samples:
+        return S
+    if not isinstance(generator, torch.Generator):
+        generator = torch.Generator().manual_seed(generator or 0)
+    rows = torch.randperm(len(S), generator=generator, device=generator.device)[:samples]
+    return S.index_select(0, rows.to(S.device, non_blocking=True))
+
+
+def redundancy_dense(
     B: Tensor,
     S: Tensor,
-    metric: str = "linear",
+    metric: Metric = "linear",
     *,
     beta: float = 1.0,
     sigma: float = 1.0,
@@ -88,13 +146,148 @@ def redundancy(
     generator: torch.Generator | int | None = None,
     center: bool = True,
 ) -> Tensor:
-    """Mean of R_ij over the pairs i < j of components s_i B_iᵀ, never building one.    [Steps 3–6]
+    """Mean of R over the pairs i < j, from the feature maps sᵢBᵢᵀ of B (o, r) and codes S (N, r).
 
-    B (o, r), S (N, r); out a scalar in ≥ fp32, 0 for r = 1. Leading axes (…, o, r), (…, N, r) are
-    layers, averaged. beta is euclidean's, center linear's; sigma, samples and generator are
-    nonlinear's, which takes at most `samples` tokens, the same for every component (generator:
-    torch's, or a draw's number). A null component (EPS; if codes are centred, a constant code) adds
-    0; in euclidean two are equal, 1. Padding counts. Raises ValueError for other shapes or metrics.
+    beta belongs to euclidean, center to linear, and sigma, samples, generator to nonlinear.
+
+    >>> B, S = torch.tensor([[1.0, 1], [0, 1]]), torch.tensor([[1.0, 0], [0, 1], [1, 1]])
+    >>> redundancy_dense(B, S, "cosine"), redundancy_dense(B, S, "linear")
+    (tensor(0.1250), tensor(0.2500))
+    """
+    check_options(metric, beta, sigma, samples)
+    check_factors(B, S)
+    if metric == "nonlinear":
+        S = draw_tokens(S, samples, generator)
+    maps = [torch.outer(s, b) for s, b in zip(S.T, B.T, strict=True)]  # r of (N, o)
+    values = [0 * S.sum()]  # what remains for r = 1, where there is no pair
+    for G, H in combinations(maps, 2):
+        if metric == "euclidean":
+            values.append(euclidean_maps(G, H, beta))
+        elif metric == "cosine":
+            values.append(cosine_maps(G, H))
+        elif metric == "linear":
+            values.append(linear_maps(G, H, center))
+        else:
+            values.append(nonlinear_maps(G, H, sigma))
+    return sum(values) / max(1, len(values) - 1)
+
+
+# --------------------------------------------------------- 2. the same, without feature maps
+#
+# A feature map has rank one, so the inner product of two of them factors:
+#     ⟨ΔHᵢ, ΔHⱼ⟩ = tr(ΔHᵢᵀ ΔHⱼ) = tr(Bᵢ sᵢᵀsⱼ Bⱼᵀ) = (BᵢᵀBⱼ)·(sᵢᵀsⱼ) = (BᵀB)ᵢⱼ·(SᵀS)ᵢⱼ
+# The Gram matrices BᵀB and SᵀS (r, r) hold everything. Each function returns the matrix R (r, r) of
+# all pairs. No tensor is larger than S (N, r), but for the r kernels (N, N) of nonlinear.
+
+EPS = 1e-6  # a column whose root mean square is at most this is null: it repeats nothing
+
+
+def lengths(X: Tensor, least: float = EPS) -> Tensor:
+    """The lengths (r,) of the columns of X (n, r), with ∞ for null columns.
+
+    What is divided by ∞ is 0 and passes no gradient.
+
+    Claim 6. B = 0, the start of LoRA, and any other null component give finite values and gradients
+    in every metric.
+    """
+    length = X.norm(dim=0)
+    length = length + 0 * length  # a length that overflowed becomes nan, and is not taken for null
+    null = length <= least * len(X) ** 0.5
+    return length.masked_fill(null, torch.inf)
+
+
+def cosines(X: Tensor, least: float = EPS) -> Tensor:
+    """The cosines (r, r) of all pairs of columns of X (n, r), 0 for null columns."""
+    length = lengths(X, least)
+    return (X.T @ X) / length[:, None] / length[None, :]
+
+
+def euclidean(B: Tensor, S: Tensor, beta: float = 1.0) -> Tensor:
+    """d² from inner products: ‖ΔHᵢ − ΔHⱼ‖² = ⟨ΔHᵢ, ΔHᵢ⟩ + ⟨ΔHⱼ, ΔHⱼ⟩ − 2·⟨ΔHᵢ, ΔHⱼ⟩.
+
+    At B = 0 all maps are equal, so R = 1, and the gradient is 0.
+
+    Sum that line over the pairs i < j. Each ‖ΔHᵢ‖² occurs r − 1 times, and twice the mixed terms is
+    2·Σ_{i<j} ⟨ΔHᵢ, ΔHⱼ⟩ = ‖Σᵢ ΔHᵢ‖² − Σᵢ ‖ΔHᵢ‖². So this R falls when components grow, most of all
+    if their sum, the output, stays small.
+
+    Claim 11. Σ_{i<j} ‖ΔHᵢ − ΔHⱼ‖² = r·Σᵢ ‖ΔHᵢ‖² − ‖Σᵢ ΔHᵢ‖², which quadruples when B doubles, and
+    euclidean falls.
+    """
+    inner = (B.T @ B) * (S.T @ S) / (len(B) * len(S))  # (r, r), of all pairs, mean over N·o
+    squares = inner.diagonal()
+    squares = squares + 0 * squares  # ∞, an overflow, becomes nan
+    d2 = squares[:, None] + squares[None, :] - 2 * inner
+    return torch.exp(-beta * d2.clamp(min=0))  # rounding can make d² < 0
+
+
+def cosine(B: Tensor, S: Tensor) -> Tensor:
+    """cos² of the maps = (cos of Bᵢ and Bⱼ · cos of sᵢ and sⱼ)², as ‖ΔHᵢ‖ = ‖Bᵢ‖·‖sᵢ‖.
+
+    This is why the maps are taken as one vector for all tokens. Of one token by itself, the codes
+    are single numbers, whose cosine is ±1.
+
+    Claim 4. For a single token with codes that are not 0, cosine is cos²(Bᵢ, Bⱼ), whatever the
+    token, and A gets no gradient.
+    """
+    return (cosines(B) * cosines(S)).square()
+
+
+def linear(B: Tensor, S: Tensor, center: bool = True) -> Tensor:
+    """With sᵢ centred, ΔHᵢᵀΔHⱼ = Bᵢ (sᵢᵀsⱼ) Bⱼᵀ = N·cov(sᵢ, sⱼ)·BᵢBⱼᵀ, of norm N·|cov|·‖Bᵢ‖·‖Bⱼ‖.
+
+    In the quotient of `linear_maps` N, ‖Bᵢ‖ and ‖Bⱼ‖ cancel, so B is unused. What is left is
+    cov(sᵢ, sⱼ)² / (var(sᵢ)·var(sⱼ)). Independent normal codes have 1/(N − 1) on average, not 0.
+
+    Claim 3. linear is ρᵢⱼ², the squared Pearson correlation of two codes, and B gets no gradient.
+    """
+    if center:
+        S = centered(S)
+    return cosines(S).square()
+
+
+def nonlinear(B: Tensor, S: Tensor, sigma: float = 1.0) -> Tensor:
+    """Rows n and m of ΔHᵢ are sₙᵢBᵢᵀ and sₘᵢBᵢᵀ, so they are ‖Bᵢ‖·|sₙᵢ − sₘᵢ| apart.
+
+    The kernel divides by √v = ‖Bᵢ‖·(standard deviation of sᵢ), so ‖Bᵢ‖ cancels and B is unused.
+    expm1 is exp − 1: centring removes the 1 anyway, and digits are kept where K is near 1.
+    Independent normal codes have 0.074, 0.019, 0.0095, 0.0046 at 32, 128, 256, 512 tokens, not 0.
+
+    Claim 9. For s₂ = s₁² − 1 with s₁ normal and symmetric about 0, linear is 0, and nonlinear, on
+    64 tokens or more, is above 0.12, three times what independent codes have there.
+    """
+    S = centered(S)
+    z = len(S) ** 0.5 * (S / lengths(S)).T  # (r, N), standard deviation 1
+    K = torch.expm1(-(z[:, :, None] - z[:, None, :]).square() / (2 * sigma**2))  # (r, N, N)
+    K = K - K.mean(1, keepdim=True)
+    K = K - K.mean(2, keepdim=True)  # with the line above, what `rbf_kernel` does in one
+    return cosines(K.flatten(1).T, least=0.0)  # of r columns (N²,)
+
+
+def redundancy(
+    B: Tensor,
+    S: Tensor,
+    metric: Metric = "linear",
+    *,
+    beta: float = 1.0,
+    sigma: float = 1.0,
+    samples: int = 128,
+    generator: torch.Generator | int | None = None,
+    center: bool = True,
+) -> Tensor:
+    """Mean of R over the pairs i < j of components, for B (o, r) and codes S (N, r).
+
+    Options as for `redundancy_dense`. Half B and S are computed with in float32. A pair with a null
+    component counts as 0; in euclidean two null components are equal, which is 1. Raises
+    ValueError.
+
+    Claim 1. redundancy equals redundancy_dense in every metric: value, gradient of B and gradient
+    of S.
+
+    Claim 7. One component, r = 1, gives 0 in every metric, with gradient 0.
+
+    Claim 8. cosine, linear and nonlinear are in [0, 1], do not depend on the order, signs and
+    lengths of the components, and are 1 for equal ones.
 
     >>> B, S = torch.tensor([[1.0, 1], [0, 1]]), torch.tensor([[1.0, 0], [0, 1], [1, 1]])
     >>> redundancy(B, S, "euclidean")  # exp(−(2 + 4 − 2·1·1)/(3·2))
@@ -102,176 +295,121 @@ def redundancy(
     >>> redundancy(B, S, "cosine"), redundancy(B, S, "linear")  # (1/√2)²·(1/2)², (−1/2)²
     (tensor(0.1250), tensor(0.2500))
     """
-    _check(B, S, metric, beta, sigma, samples)
-    with _full_precision(S):
-        B, S = (X.to(torch.promote_types(X.dtype, torch.float32)) for X in (B, S))
+    check_options(metric, beta, sigma, samples)
+    check_factors(B, S)
+    with full_precision(S):
+        B, S = at_least_float32(B), at_least_float32(S)
         if metric == "euclidean":
-            h = _gram(B) * _gram(S)
-            g = h.diagonal(dim1=-2, dim2=-1)
-            R = torch.exp(-beta * (g[..., :, None] + g[..., None, :] - 2 * h).clamp(min=0))
+            R = euclidean(B, S, beta)
         elif metric == "cosine":
-            R = (_cosines(_gram(B)) * _cosines(_gram(S))).square()
+            R = cosine(B, S)
         elif metric == "linear":
-            C, floor = _centered(S) if center else (S, EPS**2)
-            R = _cosines(_gram(C), floor).square()
+            R = linear(B, S, center)
         else:
-            R = _alignments(_sample(S, samples, generator), sigma)
-    return R.triu(1).sum((-2, -1)).mean() / max(1, B.shape[-1] * (B.shape[-1] - 1) // 2)
+            R = nonlinear(B, draw_tokens(S, samples, generator), sigma)
+        pairs = len(R) * (len(R) - 1) // 2
+        return R.triu(1).sum() / max(1, pairs)
 
 
-def redundancy_dense(B: Tensor, S: Tensor, metric: str = "linear", **options) -> Tensor:
-    """The same mean from the feature maps themselves: slow, and the oracle for `redundancy`.
-
-    B (o, r), S (N, r), options as for `redundancy`, no null component (0/0). Builds ΔH (r, N, o).
-    >>> B, S = torch.tensor([[1.0, 1], [0, 1]]), torch.tensor([[1.0, 0], [0, 1], [1, 1]])
-    >>> redundancy_dense(B, S, "cosine"), redundancy_dense(B, S, "linear")
-    (tensor(0.1250), tensor(0.2500))
-    """
-    beta, sigma, samples, generator, center = (redundancy.__kwdefaults__ | options).values()
-    _check(B, S, metric, beta, sigma, samples)
-    S = _sample(S, samples, generator) if metric == "nonlinear" else S
-    H = S.T[:, :, None] * B.T[:, None, :]  # (r, N, o), H[i] = s_i B_iᵀ
-    H = H - H.mean(1, keepdim=True) if center and metric == "linear" else H
-    H = [_kernel(h, sigma) for h in H] if metric == "nonlinear" else H
-    R = {
-        "euclidean": lambda g, h: torch.exp(-beta * (g - h).square().mean()),
-        "cosine": lambda g, h: ((g * h).sum() / g.norm() / h.norm()).square(),
-        "linear": lambda g, h: (g.T @ h).norm().square() / (g.T @ g).norm() / (h.T @ h).norm(),
-        "nonlinear": lambda g, h: (g * h).sum() / g.norm() / h.norm(),
-    }[metric]
-    values = [R(g, h) for g, h in combinations(H, 2)]
-    return sum(values, S.new_zeros(())) / max(1, len(values))
-
-
-def _kernel(h: Tensor, sigma: float) -> Tensor:
-    """h (n, o) → the RBF kernel of its rows, centred on both sides (n, n), as step 6 writes it."""
-    variance = (h - h.mean(0)).square().sum(1).mean()
-    K = torch.exp(-(h[:, None] - h[None]).square().sum(-1) / (2 * sigma**2 * variance))
-    J = torch.eye(len(h), dtype=h.dtype, device=h.device) - 1 / len(h)
-    return J @ K @ J
-
-
-def _check(B: Tensor, S: Tensor, metric: str, beta: float, sigma: float, samples: int) -> None:
-    if metric not in METRICS:
-        raise ValueError(f"metric: found {metric!r}, want one of {METRICS}")
-    if not (0 < beta < torch.inf and 0 < sigma < torch.inf and samples >= 2):
-        raise ValueError(f"found {beta=}, {sigma=}, {samples=}, want > 0, > 0, ≥ 2")
-    fit = B.dim() == S.dim() > 1 and B.shape[:-2] == S.shape[:-2] and B.shape[-1] == S.shape[-1]
-    if not fit or not all(X.is_floating_point() and X.numel() for X in (B, S)):
-        found = f"{tuple(B.shape)}, {tuple(S.shape)}, {B.dtype}, {S.dtype}"
-        raise ValueError(f"B, S: found {found}, want floats (o, r), (N, r)")
-
-
-def _full_precision(X: Tensor) -> torch.autocast:
-    """Keeps autocast out: half sums over thousands of tokens would be noise."""
-    return torch.autocast("cpu" if X.device.type == "meta" else X.device.type, enabled=False)
-
-
-def _gram(X: Tensor) -> Tensor:
-    return X.mT @ X / X.shape[-2]  # (…, n, r) → (…, r, r)
-
-
-def _lengths(G: Tensor, floor: Tensor | float) -> Tensor:
-    """√G_ii (…, r); ∞, so that dividing gives 0 and no gradient, where G_ii ≤ floor."""
-    g = (G + 0 * G).diagonal(dim1=-2, dim2=-1)  # 0·∞: what overflowed is nan
-    return g.masked_fill(g <= floor, torch.inf).sqrt()
-
-
-def _cosines(G: Tensor, floor: Tensor | float = EPS**2) -> Tensor:
-    n = _lengths(G, floor)
-    return G / n[..., :, None] / n[..., None, :]
-
-
-def _centered(S: Tensor) -> tuple[Tensor, Tensor]:
-    """S minus its token mean, and the variance (…, r) up to which that is only rounding."""
-    mean = S.mean(-2, keepdim=True)
-    return S - mean, (64 * torch.finfo(S.dtype).eps * mean.detach().squeeze(-2)).square() + EPS**2
-
-
-def _alignments(S: Tensor, sigma: float) -> Tensor:
-    """RBF CKA of the columns of S (…, n, r) → (…, r, r).                               [Step 6]"""
-    C, floor = _centered(S)
-    z = (C / _lengths(_gram(C), floor)[..., None, :]).mT / (sigma * 2**0.5)  # (…, r, n)
-    E = (z[..., :, None] - z[..., None, :]).square().neg_().expm1_()  # (…, r, n, n), K − 1
-    flat, rows = E.flatten(-2), E.mean(-1)
-    every = rows.mean(-1, keepdim=True)
-    G = flat @ flat.mT / flat.shape[-1] - 2 * _gram(rows.mT) + every @ every.mT
-    return _cosines(G, 0.0)
-
-
-def _sample(X: Tensor, samples: int, generator: torch.Generator | int | None) -> Tensor:
-    """At most `samples` rows of X (…, n, k), drawn without the global generator."""
-    if (n := X.shape[-2]) <= samples:
-        return X
-    if isinstance(generator, torch.Generator):
-        rows = torch.randperm(n, generator=generator, device=generator.device)
-    else:  # in the order of a hash, which a compiled graph can compute
-        rows = torch.arange(n, device=X.device) + n * (generator or 0) ^ 0x5DEECE66D
-        rows = (rows * rows * 6364136223846793005).argsort()
-    return X.index_select(-2, rows[:samples].to(X.device, non_blocking=True))
+# --------------------------------------------------------------- 3. many factors of one ΔW
+#
+# For every invertible M (r, r), (BM⁻¹)(MA) = BA: the factors can change while ΔW, and so the whole
+# model, does not. Such a freedom is called a gauge. R changes with the gauge, so it is a property
+# of the factors and not of ΔW. `regauge` picks one where cosine is 0, and linear too:
+#
+# QR gives B = QU, Q with orthonormal columns and U triangular. With C = UA then BA = QC. Put any
+# orthogonal V between the two, BA = (QV)(VᵀC), and call the new factors B' = QV and A' = VᵀC. The
+# columns of B' are orthonormal, so cosine is 0. The codes are x A'ᵀ = (x Cᵀ)V, and centred they are
+# TV with T = x Cᵀ centred. SVD gives T = PΣVᵀ, and with this V the codes are TV = PΣ: their columns
+# are orthogonal, which means that the codes are uncorrelated, and linear is 0.
+#
+# Nonlinear cannot be brought to 0 in this way. If x = (cos t, sin t) runs around a circle, the code
+# of every row of A is a wave a·cos(t − φ). Two waves are alike, however far their phases φ are
+# apart: least, with 0.071, a quarter turn apart, where they are uncorrelated.
 
 
 @torch.no_grad()
 def regauge(B: Tensor, A: Tensor, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(B', A') with B'A' = BA whose components do not repeat each other: the control experiment.
+    """Other factors (B', A') of the same ΔW = BA, whose components do not repeat each other.
 
-    B (o, r), A (r, d), x (…, d); out: shapes and dtypes of B and A. B' has orthonormal columns, so
-    cosine is 0. Without x, A' has orthogonal rows; with x, the codes x A'ᵀ are uncorrelated and
-    linear is 0 on x. If r > o, the last r − o components are zero. Not unique. Raises ValueError.
+    B (o, r), A (r, d), x (…, d); B' and A' have the shapes and dtypes of B and A. Without x, T is
+    Cᵀ, and A' has orthogonal rows; for level="weight", then, linear is 0. If r > o, the last r − o
+    components are 0. If B = 0, both are returned unchanged: A' would be 0, and A is worth keeping.
+    Use it as the control of an experiment with R. Raises ValueError.
+
+    Claim 5. B'A' = BA for every N and r; cosine is 0 for B' and A', and on the given x so is
+    linear.
+
+    Claim 13. Nonlinear forbids some ΔW: for a ΔW of rank 2 and 16 or more inputs (cos t, sin t), in
+    equal steps around a circle, no factors B (o, 2) and A (2, 2) bring it below 0.07.
 
     >>> B, A = regauge(torch.tensor([[3.0, 3], [4, 4]]), torch.tensor([[1.0, 0], [0, 2]]))
     >>> (B @ A).round(decimals=4)
     tensor([[3., 6.],
             [4., 8.]])
     """
-    given = [X for X in (B, A, x) if X is not None]
-    fit = B.dim() == A.dim() == 2 and B.shape[1] == len(A) and given[-1].shape[-1:] == A.shape[1:]
-    if not fit or not all(X.is_floating_point() and X.isfinite().all() for X in given):
-        found = [(tuple(X.shape), X.dtype) for X in given]
-        raise ValueError(f"B, A, x: found {found}, want finite floats (o, r), (r, d), (…, d)")
-    dtype = torch.promote_types(torch.promote_types(B.dtype, A.dtype), torch.float32)
-    with _full_precision(B):
-        Q, R = torch.linalg.qr(B.to(dtype))  # (o, k), (k, r), k = min(o, r)
-        C = R @ A.to(dtype)  # BA = QC
-        T = C.T if x is None else _centered(x.reshape(-1, x.shape[-1]).to(dtype) @ C.T)[0]
-        V = torch.linalg.svd(torch.linalg.qr(T)[1])[2].T  # (k, k): all k directions, if N < k too
-        null = B.shape[1] - Q.shape[1]
-        return F.pad(Q @ V, (0, null)).to(B), F.pad(V.T @ C, (0, 0, 0, null)).to(A)
+    check_gauge(B, A, x)
+    if not B.any():
+        return B.clone(), A.clone()
+    dtype = torch.promote_types(at_least_float32(B).dtype, at_least_float32(A).dtype)
+    with full_precision(B):
+        Q, U = torch.linalg.qr(B.to(dtype))  # (o, k), (k, r), k the smaller of o and r
+        C = U @ A.to(dtype)  # (k, d)
+        T = C.T  # (d, k)
+        if x is not None:
+            T = centered(x.reshape(-1, x.shape[-1]).to(dtype) @ C.T)  # (N, k)
+        T = torch.linalg.qr(T, mode="r").R  # at most (k, k), with the same TᵀT and so the same V
+        V = torch.linalg.svd(T).Vh.T  # (k, k)
+        null = B.shape[1] - V.shape[1]  # r − k
+        B, A = F.pad(Q @ V, (0, null)).to(B), F.pad(V.T @ C, (0, 0, 0, null)).to(A)
+    return B, A
+
+
+# ---------------------------------------------------------------------------------- 4. LoRA
 
 
 class LoRALinear(nn.Module):
-    """LoRA: y = base(x) + scaling·B A x, with `base` frozen and B = 0 at first.            [Step 1]
+    """y = base(x) + scaling·B A x with `base` frozen, A random and B = 0 at first.
 
-    base: any module with in_features, out_features, weight and bias; called by forward, never
-    opened, so a quantised or wrapped Linear works (merge needs a float weight). scaling is
-    alpha/rank, or 1. dropout: on the input of A. generator: draws A, uniform in ±1/√d. A (r, d) and
-    B (o, r) are fp32 for a half or quantised base. Raises ValueError (rank) or TypeError (base).
+    base       an nn.Linear, or a module with in_features, out_features, weight and bias; forward
+               calls it and never opens it, so it may be quantised
+    rank       r, the number of components
+    alpha      scaling = alpha/rank; None: scaling = 1
+    dropout    on the input of A
+    generator  draws A, uniform in ±1/√d as PEFT does
+
+    A and B are float32 for a half or quantised base. The layer is in the mode, train or eval, that
+    `base` is in. Dropout acts in forward alone: a module that reads `weight` instead of calling the
+    layer, as nn.MultiheadAttention does with out_proj, trains without it.
     """
 
     def __init__(
-        self, base: nn.Module, rank=8, alpha: float | None = None, dropout=0.0, generator=None
+        self,
+        base: nn.Module,
+        rank: int = 8,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        if not (getattr(base, "in_features", 0) and base.out_features):
-            raise TypeError(f"base: found {type(base).__name__}, want an nn.Linear, not empty")
-        if type(rank) is not int or rank < 1:
-            raise ValueError(f"rank: found {rank!r}, want an integer ≥ 1")
-        if not (abs(alpha or 0) < torch.inf and 0 <= dropout <= 1):
-            raise ValueError(f"found {alpha=}, {dropout=}, want a number, 0 to 1")
-        d, W = base.in_features, base.weight
-        kw = {"dtype": torch.float64 if W.dtype == torch.float64 else torch.float32}
-        A = torch.empty(rank, d, device=generator.device if generator else W.device, **kw)
+        check_layer(base, rank, alpha, dropout)
+        W, d, o = base.weight, base.in_features, base.out_features
+        dtype = torch.float64 if W.dtype == torch.float64 else torch.float32
+        A = torch.empty(rank, d, dtype=dtype, device=generator.device if generator else W.device)
+        A.uniform_(-(d**-0.5), d**-0.5, generator=generator)
+        self.A = nn.Parameter(A.to(W.device))  # (r, d)
+        self.B = nn.Parameter(torch.zeros(o, rank, dtype=dtype, device=W.device))  # (o, r)
         self.scaling = 1.0 if alpha is None else alpha / rank
-        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
-        self.A = nn.Parameter(A.uniform_(-(d**-0.5), d**-0.5, generator=generator).to(W.device))
-        self.B = nn.Parameter(torch.zeros(base.out_features, rank, device=W.device, **kw))
+        self.dropout = nn.Dropout(dropout)
         self.base = base.requires_grad_(False)
+        self.train(base.training)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        """y (…, o) for x (…, d), in the dtype of base's y. Further arguments go to base."""
+        check_on_device(x, A=self.A, B=self.B)
+        y = self.base(x, *args, **kwargs)
         S = F.linear(self.dropout(x), self.A.to(x.dtype)).to(y.dtype)  # (…, r)
-        rows, codes = y.reshape(-1, y.shape[-1]), S.reshape(-1, S.shape[-1])
-        return torch.addmm(rows, codes, self.B.T.to(y.dtype), alpha=self.scaling).view(y.shape)
+        return y + F.linear(self.scaling * S, self.B.to(y.dtype))
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """(B, A) with ΔW = B A: scaling·B (o, r) and A (r, d), differentiable."""
@@ -279,172 +417,430 @@ class LoRALinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """W + scaling·B A (o, d) in the base's dtype, rounded once, differentiable in A and B."""
-        W, (B, A) = self.base.weight, self.pair()
-        if not W.is_floating_point():
-            raise TypeError(f"base.weight: found {W.dtype}, want a float dtype to add B A to")
-        dtype = torch.promote_types(torch.promote_types(W.dtype, A.dtype), torch.float32)
-        with _full_precision(W):
-            return torch.addmm(W.to(dtype), B.to(dtype), A.to(dtype)).to(W.dtype)
+        """W + ΔW (o, d), differentiable, in W's dtype. Of a quantised base it is the base's own."""
+        W = self.base.weight
+        if W.dtype not in FLOATS:
+            return W
+        return plus_product(W, *self.pair())
 
-    bias = property(lambda self: self.base.bias, doc="The base's bias (o,) or None.")
-    in_features = property(lambda self: self.base.in_features, doc="d.")
-    out_features = property(lambda self: self.base.out_features, doc="o.")
+    @property
+    def bias(self) -> Tensor | None:
+        """The base's bias (o,), or None."""
+        return self.base.bias
+
+    @property
+    def in_features(self) -> int:
+        """d."""
+        return self.base.in_features
+
+    @property
+    def out_features(self) -> int:
+        """o."""
+        return self.base.out_features
 
     def merge(self) -> nn.Linear:
-        """A new nn.Linear with the weight W + scaling·B A; shares no memory with the base."""
-        W, bias = self.weight.detach(), self.bias
-        plain = nn.Linear(*W.T.shape, False, device="meta")
-        plain.weight = nn.Parameter(W, False)
-        plain.bias = bias if bias is None else nn.Parameter(bias.detach().clone(), False)
-        return plain.train(self.training)
+        """A plain frozen Linear with weight W + ΔW, which shares no memory with this layer.
+
+        A LoRALinear as base is merged too. Raises TypeError for a base that is quantised, or that
+        computes something else than nn.Linear: its weight does not say what it does. Raises
+        ValueError if a tensor has no numbers.
+        """
+        base = self.base.merge() if isinstance(self.base, LoRALinear) else self.base
+        check_mergeable(base, A=self.A, B=self.B)
+        W = plus_product(base.weight, *self.pair()).detach()
+        plain = nn.Linear(*W.T.shape, bias=False, device="meta")  # draws no random numbers
+        plain.weight = nn.Parameter(W)
+        if base.bias is not None:
+            plain.bias = nn.Parameter(base.bias.detach().clone())
+        return plain.requires_grad_(False).train(self.training)
 
     def extra_repr(self) -> str:
         """What repr() shows beside the base."""
-        return f"rank={self.A.shape[0]}, scaling={self.scaling:g}"
+        return f"rank={len(self.A)}, scaling={self.scaling:g}"
 
 
-class ReSoRA(AbstractContextManager):
-    """R of every LoRA in `model`: LoRALinear layers and PEFT's LoRA layers.
+# ------------------------------------------------------------------------- 5. the regulariser
+#
+# Hooks record each layer's input x while the model runs, and `penalty` computes the codes x Aᵀ
+# afterwards. Codes that were recorded instead would carry no gradient where gradient checkpointing
+# runs the layers under no_grad. The mean over layers is [inferred], as is level="weight": [paper]
+# compares it with the feature level, and our form of it is S = Aᵀ.
 
-        regularizer = ReSoRA(model)  # before torch.compile; then remove(), or `with`
-        loss = task_loss(model(x)) + 0.1 * regularizer.penalty()  # each step
 
-    Hooks keep each layer's input (before dropout) of the latest forward of `model`; penalty()
-    computes the codes from it, so that a checkpointed forward loses no gradient (compiled as well,
-    it breaks the graph). Calls of one layer in one forward add their tokens. Nothing is kept in
-    evaluation mode under no_grad. The active adapters of a PEFT layer are one set of components.
-    Attach anew after set_adapter; no layer may change its input in place. Each process of DDP has
-    its own R; FSDP2: reshard_after_forward=False. level="weight" needs no input, sets no hook.
-    detach_input: R moves a layer's own A and B only; False, not for reentrant checkpointing: what
-    is before, too. options are those of `redundancy`; nonlinear draws anew in each step. Raises
-    ValueError if no LoRA is found, one is merged, DoRA or not linear, or an argument is wrong.
+def codes(inputs: list[Tensor], A: Tensor) -> Tensor:
+    """S = x Aᵀ (N, r) for the inputs of all calls of a layer, each (N, d)."""
+    x = torch.cat(inputs) if len(inputs) > 1 else inputs[0]
+    with full_precision(x):
+        return x @ A.T.to(x.dtype)
+
+
+def is_lora(module: nn.Module) -> bool:
+    """LoRALinear, or a PEFT layer with an active adapter: it has {adapter: A} in lora_A."""
+    if isinstance(module, LoRALinear):
+        return True
+    if not isinstance(getattr(module, "lora_A", None), nn.ModuleDict):
+        return False
+    adapters = [*module.lora_A, *getattr(module, "lora_embedding_A", {})]
+    return any(name in adapters for name in getattr(module, "active_adapters", []))
+
+
+def lora_pair(name: str, layer: nn.Module) -> tuple[Tensor, Tensor]:
+    """(B (o, r), A (r, d)) of the layer of this name, with the scaling in B.
+
+    The active adapters of a PEFT layer stand side by side. Raises ValueError if they are not plain.
+    """
+    if isinstance(layer, LoRALinear):
+        return layer.pair()
+    check_peft(name, layer)
+    active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
+    B = [layer.scaling[adapter] * layer.lora_B[adapter].weight for adapter in active]
+    A = [layer.lora_A[adapter].weight for adapter in active]
+    return torch.cat(B, 1), torch.cat(A)
+
+
+class ReSoRA:
+    """Mean of R over every LoRA in `model`, LoRALinear and PEFT's, on the latest forward's inputs.
+
+    metric        "linear", "euclidean", "cosine" or "nonlinear"; its options are `redundancy`'s
+    level         "feature": codes of the inputs; "weight": codes S = Aᵀ of the inputs x = I, where
+                  linear is not centred, as these rows are no sample; needs no forward, sets no hook
+    detach_input  the R of a layer has no gradient on the layers before it (False: it has, but not
+                  through reentrant checkpointing)
+
+    The active adapters of a PEFT layer are one set of components. Attach before torch.compile, anew
+    after set_adapter, and anew to a copy (copy.deepcopy, AveragedModel): this object, like what
+    `adapt` returned, still means the original. nonlinear draws other tokens in each step, which it
+    cannot do if `penalty` is compiled with fullgraph=True.
+
+    The latest forward is the last call of `model` itself, not of a part of it, that had gradients.
+    What runs under no_grad before `penalty`, such as generate() or a reference pass, is not
+    recorded and erases nothing. A layer called twice in one forward has the tokens of both calls. A
+    layer that does not run, or gets no token, is left out of the mean, and so is one whose weight
+    is read without a call. Padding tokens count. No layer may change its input in place.
+
+    With transformers' Trainer, add the penalty in compute_loss only `if model.training`, divided by
+    self.current_gradient_accumulation_steps where Trainer normalises the loss by items in a batch.
+    With torch.func.functional_call, call `penalty` within the function that it runs: after it the
+    model has its own parameters again, and the gradient is 0 without a word. Each process of DDP
+    has its own R; with find_unused_parameters=True and level="weight" compute it within the wrapped
+    forward. FSDP2 needs reshard_after_forward=False.
+
+    Claim 2. The weight level equals the feature level if xᵀx = c·I: for euclidean c = N/d, for
+    cosine any c > 0, for linear any c > 0 if the columns of x have mean 0, and for nonlinear if x
+    itself is c·I up to the order of its rows.
+
+    Claim 10. A penalty changes no bit of an output, of a merged weight and of the global random
+    state.
+
+    Claim 12. linear and nonlinear train A alone, and B's gradient is None; euclidean and cosine
+    train both.
     """
 
     def __init__(
-        self, model: nn.Module, metric="linear", level="feature", detach_input=True, **options
+        self,
+        model: nn.Module,
+        metric: Metric = "linear",
+        level: Level = "feature",
+        detach_input: bool = True,
+        **options,
     ) -> None:
-        redundancy(torch.ones(1, 1), torch.ones(1, 1), metric, **options)  # raises if it must
-        if level not in ("feature", "weight"):
-            raise ValueError(f"level: found {level!r}, want 'feature' or 'weight'")
-        layers = {name: m for name, m in model.named_modules() if _is_lora(m)}
-        if not layers:
-            raise ValueError(f"model: found no LoRALinear, no PEFT LoRA in {type(model).__name__}")
-        for name, layer in layers.items():
-            _pair(name, layer)
-        self.layers, self.metric, self.level = layers, metric, level
-        self.detach_input, self._on = detach_input, True  # a compiled graph outlives its hooks
-        self.options, self._draws = {"center": level == "feature", **options}, 0
-        self._inputs: dict[str, list[Tensor]] = {}
-        hooks = [(model, self._start), *((m, partial(self._record, n)) for n, m in layers.items())]
-        hooks = hooks if level == "feature" else []
-        self._handles = [m.register_forward_pre_hook(f, with_kwargs=True) for m, f in hooks]
+        check_options(metric, **options)
+        if level not in get_args(Level):
+            raise ValueError(f"level: found {level!r}, want one of {get_args(Level)}")
+        self.layers = {name: m for name, m in model.named_modules() if is_lora(m)}
+        if not self.layers:
+            raise ValueError(f"found no LoRALinear and no PEFT LoRA in {type(model).__name__}")
+        for name, layer in self.layers.items():
+            lora_pair(name, layer)  # raises if it must
+        self.metric, self.level, self.detach_input = metric, level, detach_input
+        self.options = {"center": level == "feature", **options}
+        self.draws = 0  # calls of `penalty`: the seed of nonlinear's next draw of tokens
+        self.inputs = {}  # layer's name: its inputs, each (N, d)
+        self.recording = False
+        self.hooks = []
+        if level == "feature":
+            self.attach(model)
 
-    def _start(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        if _recording(model):
-            self._inputs = {}
+    def attach(self, model: nn.Module) -> None:
+        """Let the model say when its forward begins and ends, and the layers what they get."""
+        self.hooks.append(model.register_forward_pre_hook(self.begin))
+        for name, layer in self.layers.items():
+            record = partial(self.record, name)
+            self.hooks.append(layer.register_forward_pre_hook(record, with_kwargs=True))
+        self.hooks.append(model.register_forward_hook(self.end))
 
-    def _record(self, name: str, layer: nn.Module, args: tuple, kwargs: dict) -> None:
-        if not (self._on and _recording(layer)) or getattr(layer, "disable_adapters", False):
+    def begin(self, model: nn.Module, args: tuple) -> None:
+        """Forget the last forward's inputs and record, if this forward has gradients."""
+        self.recording = torch.is_grad_enabled()
+        if self.recording:
+            self.inputs = {}
+
+    def end(self, model: nn.Module, args: tuple, output: object) -> None:
+        """Record no more: backward may run the layers again, for checkpointing."""
+        self.recording = False
+
+    def record(self, name: str, layer: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Keep the input of a layer."""
+        if not self.recording or getattr(layer, "disable_adapters", False):
             return
-        x = args[0] if args else next(iter(kwargs.values()))
-        x = x.detach() if self.detach_input else x
-        self._inputs.setdefault(name, []).append(x.reshape(-1, x.shape[-1]))
+        x = args[0] if args else kwargs["x"]
+        x = x.reshape(-1, x.shape[-1])  # (N, d)
+        if self.detach_input:
+            x = x.detach()
+        if len(x) > 0:
+            self.inputs.setdefault(name, []).append(x)
 
     def penalty(self) -> Tensor:
-        """Mean over the layers of R on the inputs of the latest forward, which are then forgotten.
+        """The mean of R over the layers that ran; at level "feature" call it once after a forward.
 
-        Scalar in ≥ fp32; once per forward. Raises ValueError if a layer has no input or is merged.
+        It forgets the inputs. Raises ValueError if there are none, or if a PEFT layer is merged.
         """
-        inputs, self._inputs, self._draws = self._inputs, {}, self._draws + 1
-        options = {"generator": self._draws, **self.options}
-        groups = defaultdict(list)  # layers of one shape are computed together
+        inputs, self.inputs = self.inputs, {}
+        self.draws += 1
+        options = {"generator": self.draws, **self.options}
+        values = []
         for name, layer in self.layers.items():
-            B, A = _pair(name, layer)
-            S = A.T if self.level == "weight" else self._codes(name, A, inputs)
-            groups[B.shape, B.dtype, S.shape, S.dtype, S.device].append((B, S))
-        R = []
-        for group in groups.values():
-            B, S = map(torch.stack, zip(*group, strict=True))
-            R += [redundancy(B, S, self.metric, **options)] * len(group)
-        return torch.stack([value.to(R[0].device) for value in R]).mean()
-
-    def _codes(self, name: str, A: Tensor, inputs: dict[str, list[Tensor]]) -> Tensor:
-        if name not in inputs:
-            raise ValueError(f"{name}: found no input, want a forward, compiled after ReSoRA()")
-        x = inputs[name][0] if len(inputs[name]) == 1 else torch.cat(inputs[name])
-        with _full_precision(x):
-            return x @ A.T.to(x.dtype)  # (N, r)
+            if self.level == "feature" and name not in inputs:
+                continue  # it did not run
+            B, A = lora_pair(name, layer)
+            S = A.T if self.level == "weight" else codes(inputs[name], A)  # (d or N, r)
+            values.append(redundancy(B, S, self.metric, **options))
+        if not values:
+            raise ValueError(
+                f"found no input of {few(self.layers)}; want a forward of the model with gradients"
+                " before each penalty(): use `if model.training`, compile after ReSoRA(model)"
+            )
+        return torch.stack([value.to(values[0].device) for value in values]).mean()
 
     def remove(self) -> None:
-        """Take every hook off the model and forget what was recorded; twice does no harm."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._inputs, self._on = [], {}, False
+        """Take the hooks off the model and forget the inputs; a second time does no harm."""
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks, self.inputs = [], {}
+
+    def __enter__(self) -> "ReSoRA":
+        return self
 
     def __exit__(self, *error: object) -> None:
         self.remove()
 
 
-def _recording(module: nn.Module) -> bool:
-    """True in a forward for training, not in evaluation nor where checkpointing repeats it."""
-    again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-    return not again and (module.training or torch.is_grad_enabled())
+# --------------------------------------------------------------------------- 6. a whole model
 
 
-def _is_lora(module: nn.Module) -> bool:
-    parts = getattr(module, "lora_A", None)  # PEFT: {adapter name: A}
-    active = isinstance(parts, nn.ModuleDict) and any(a in parts for a in module.active_adapters)
-    return active or isinstance(module, LoRALinear)
+def few(names: Iterable[str]) -> str:
+    """The first five of `names` and how many there are, for an error message."""
+    names = list(names)
+    if len(names) <= 5:
+        return ", ".join(names)
+    return ", ".join(names[:5]) + f" … ({len(names)} in all)"
 
 
-def _pair(name: str, layer: nn.Module) -> tuple[Tensor, Tensor]:
-    """(B (o, r), A (r, d)) of a layer, scaling folded in; PEFT's active adapters side by side."""
-    if isinstance(layer, LoRALinear):
-        return layer.pair()
-    active = [a for a in layer.active_adapters if a in layer.lora_A]
-    odd = layer.merged or layer.lora_magnitude_vector or hasattr(layer, "parameter_name")
-    if odd or not active or not all(isinstance(part, nn.Linear) for part in layer.lora_A.values()):
-        raise ValueError(f"{name}: found {type(layer)}, {layer.merged=}, want plain, unmerged LoRA")
-    B = torch.cat([layer.lora_B[a].weight * layer.scaling[a] for a in active], 1)
-    return B, torch.cat([layer.lora_A[a].weight for a in active])
+def find_layers(model: nn.Module, targets: str | Iterable[str], kinds) -> dict[str, nn.Module]:
+    """{dotted name: layer} for the layers of the class or classes `kinds` that `targets` name.
 
-
-def _replace(model: nn.Module, targets, kinds, make) -> dict[str, nn.Module]:
-    """Freeze `model`, put make(name, layer) for each layer whose dotted name ends in a target."""
-    # the same in every method file
-    ends = [f".{t}" for t in ([targets] if isinstance(targets, str) else targets)]
-    named, new = {n: m for n, m in model.named_modules(remove_duplicate=False) if n}, {}
-    layers = {n: m for n, m in named.items() if isinstance(m, kinds)}
-    found = {n: m for n, m in layers.items() if f".{n}".endswith(tuple(ends))}
-    missing = [t for t in ends if not any(f".{n}".endswith(t) for n in found)]
-    if missing or not found:
-        other = {n: type(m) for n, m in named.items() if f".{n}".endswith(tuple(missing))}
-        raise ValueError(f"no layer's name ends in {missing}; found: {other or sorted(layers)}")
-    with ExitStack() as undo:  # all are made before any is put: an error changes nothing
-        for p in model.parameters():
-            undo.callback(p.requires_grad_, p.requires_grad)
-        for name, layer in found.items():  # a layer with two names gets one adapter
-            new[layer] = new.get(layer) or make(name, layer)
-        undo.pop_all()
-    model.requires_grad_(False)
-    for name, layer in found.items():
-        model.set_submodule(name, new[layer])
-    return {name: new[layer] for name, layer in found.items()}
-
-
-def adapt(model: nn.Module, targets: Iterable[str], rank: int = 8, **kw) -> dict[str, LoRALinear]:
-    """Freeze `model`, put LoRALinear around each Linear whose dotted name ends in a target.
-
-    targets: a name or several; kw goes to LoRALinear. Returns {name: module}. Raises ValueError,
-    with the model as it was, if a target names no Linear or an argument is out of range.
+    A target is a layer's whole name, which means that layer alone, or the end of one, in whole
+    parts: "q" fits "encoder.q" and not "freq". Raises ValueError if there is no target, or if a
+    target fits nothing, or something that is not of `kinds`.
     """
-    return _replace(model, targets, nn.Linear, lambda _, layer: LoRALinear(layer, rank, **kw))
+    targets = [targets] if isinstance(targets, str) else list(targets)
+    if not targets:
+        raise ValueError("found no targets; want the name of a layer, or its end, at least once")
+    modules = model.named_modules(remove_duplicate=False)
+    weighted = {name: m for name, m in modules if name and hasattr(m, "weight")}  # no containers
+    found = {}
+    for target in targets:
+        hits = [name for name in weighted if f".{name}".endswith(f".{target}")]
+        if target in weighted:
+            hits = [target]
+        misfits = [name for name in hits if not isinstance(weighted[name], kinds)]
+        if misfits:
+            kind = type(weighted[misfits[0]]).__name__
+            raise ValueError(f"{target!r} fits {few(misfits)}, a {kind}; want a layer to adapt")
+        if not hits:
+            names = [name for name, m in weighted.items() if isinstance(m, kinds)]
+            raise ValueError(f"no layer is named {target!r}; want names, no patterns: {few(names)}")
+        found |= {name: weighted[name] for name in hits}
+    return found
+
+
+def replace_layers(
+    model: nn.Module, layers: Mapping[str, nn.Module], make: Callable[[str, nn.Module], nn.Module]
+) -> dict[str, nn.Module]:
+    """Freeze `model` and put make(name, layer) in the place of each layer; {name: new layer}.
+
+    All of them are made before the first is put in its place: an error leaves the model as it was.
+    A layer that has two names gets one new layer.
+    """
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    made = {}  # layer: its new layer
+    for name, layer in layers.items():
+        if layer in made:
+            continue
+        try:
+            made[layer] = make(name, layer)
+        except (TypeError, ValueError) as error:
+            for p in trainable:
+                p.requires_grad_(True)
+            raise type(error)(f"{name}: {error}") from None
+    model.requires_grad_(False)  # the new layers are not part of it yet
+    for name, layer in layers.items():
+        model.set_submodule(name, made[layer])
+    return {name: made[layer] for name, layer in layers.items()}
+
+
+def adapt(
+    model: nn.Module, targets: str | Iterable[str], rank: int = 8, **options
+) -> dict[str, LoRALinear]:
+    """Freeze `model` and put a LoRALinear around each Linear that `targets` name; {name: layer}.
+
+    options are those of LoRALinear. Raises ValueError or TypeError, with the model as it was.
+    Merge before transformers' save_pretrained, tie_weights or resize_token_embeddings: they do not
+    know these layers.
+    """
+    layers = find_layers(model, targets, nn.Linear)
+
+    def make(name: str, layer: nn.Module) -> LoRALinear:
+        """A LoRALinear around this layer."""
+        return LoRALinear(layer, rank, **options)
+
+    return replace_layers(model, layers, make)
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """Replace each LoRALinear of `model` by its merged Linear, in place; return `model`."""
-    new = {m: m.merge() for m in model.modules() if isinstance(m, LoRALinear)}
-    for parent in list(model.modules()):  # every name of a shared layer
-        parent._modules.update({n: new[m] for n, m in parent._modules.items() if m in new})
-    return new.get(model, model)
+    """Replace each LoRALinear of `model` by its merged Linear, in place; return `model`.
+
+    All are merged before the first is replaced: an error leaves the model as it was.
+    """
+    modules = model.named_modules(remove_duplicate=False)
+    layers = {name: m for name, m in modules if isinstance(m, LoRALinear)}
+    merged = {}  # layer: its Linear; a layer that has two names is merged once
+    for name, layer in layers.items():
+        try:
+            merged[layer] = merged.get(layer) or layer.merge()
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name}: {error}") from None
+    if model in merged:
+        return merged[model]
+    for name in reversed(layers):  # a LoRALinear that is the base of another comes first
+        model.set_submodule(name, merged[layers[name]])
+    return model
+
+
+# -------------------------------------------------------------------------------- 7. numerics
+#
+# Nothing here belongs to the method. These are the guards that the parts above call in one line.
+
+# What one can compute with. Quantised weights are integers, or floats of 8 bits.
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def at_least_float32(X: Tensor) -> Tensor:
+    """X, in float32 if it is half: half sums over thousands of tokens are noise."""
+    return X.to(torch.promote_types(X.dtype, torch.float32))
+
+
+def full_precision(X: Tensor) -> torch.autocast:
+    """A block in which autocast does not turn the matrix products on X's device to half."""
+    device = "cpu" if X.is_meta else X.device.type
+    return torch.autocast(device, enabled=False)
+
+
+def plus_product(W: Tensor, B: Tensor, A: Tensor) -> Tensor:
+    """W + B A in W's dtype, computed in at least float32 and rounded once."""
+    with full_precision(W):
+        product = at_least_float32(B) @ at_least_float32(A)
+        return (at_least_float32(W) + product).to(W.dtype)
+
+
+def centered(S: Tensor) -> Tensor:
+    """S (N, r) minus its mean over the tokens, where a code that is constant becomes exactly 0.
+
+    Subtracting the mean c of a constant code leaves rounding errors of some eps·|c|. Divided by
+    their length, they would be a code like any other.
+    """
+    mean = S.mean(0)
+    C = S - mean
+    rounding = 64 * torch.finfo(S.dtype).eps * mean.abs()
+    constant = C.detach().norm(dim=0) <= rounding * len(S) ** 0.5
+    return C.masked_fill(constant, 0.0)
+
+
+def check_options(
+    metric: str,
+    beta: float = 1.0,
+    sigma: float = 1.0,
+    samples: int = 128,
+    generator: torch.Generator | int | None = None,
+    center: bool = True,
+) -> None:
+    """Raise ValueError for an option that is out of range, and TypeError for one there is not."""
+    if metric not in METRICS:
+        raise ValueError(f"metric: found {metric!r}, want one of {METRICS}")
+    if not (0 < beta < torch.inf and 0 < sigma < torch.inf and samples >= 2):
+        raise ValueError(f"found {beta=}, {sigma=}, {samples=}, want > 0, > 0, ≥ 2")
+
+
+def check_factors(B: Tensor, S: Tensor) -> None:
+    """Raise ValueError unless B (o, r) and S (N, r) are floats and not empty."""
+    fit = B.dim() == S.dim() == 2 and B.shape[1] == S.shape[1]
+    if not fit or not all(X.dtype in FLOATS and X.numel() for X in (B, S)):
+        found = f"{tuple(B.shape)}, {tuple(S.shape)}, {B.dtype}, {S.dtype}"
+        raise ValueError(f"B, S: found {found}, want floats (o, r), (N, r)")
+
+
+def check_gauge(B: Tensor, A: Tensor, x: Tensor | None) -> None:
+    """Raise ValueError unless B (o, r), A (r, d) and x (…, d) are finite floats that fit."""
+    given = [B, A] if x is None else [B, A, x]
+    fit = B.dim() == A.dim() == 2 and B.shape[1] == len(A)
+    fit = fit and given[-1].shape[-1:] == A.shape[1:]
+    if not fit or not all(X.dtype in FLOATS and X.isfinite().all() for X in given):
+        found = [(tuple(X.shape), X.dtype) for X in given]
+        raise ValueError(f"B, A, x: found {found}, want finite floats (o, r), (r, d), (…, d)")
+
+
+def check_layer(base: nn.Module, rank: int, alpha: float | None, dropout: float) -> None:
+    """Raise TypeError if base cannot be wrapped, ValueError for a number that is out of range."""
+    if not (getattr(base, "in_features", 0) and base.out_features):
+        raise TypeError(f"base: found {type(base).__name__}, want an nn.Linear, not empty")
+    if type(rank) is not int or rank < 1:
+        raise ValueError(f"rank: found {rank!r}, want an integer ≥ 1")
+    if not (abs(alpha or 0) < torch.inf and 0 <= dropout <= 1):
+        raise ValueError(f"found {alpha=}, {dropout=}, want a number, 0 to 1")
+
+
+def check_on_device(x: Tensor, **factors: Tensor) -> None:
+    """Raise ValueError if x is real and a factor on meta: torch would multiply unset memory."""
+    for name, factor in factors.items():
+        if factor.is_meta and not x.is_meta:
+            raise ValueError(f"{name}: found it on the meta device, without numbers; want it real")
+
+
+def check_mergeable(base: nn.Module, **factors: Tensor) -> None:
+    """Raise TypeError for a base whose weight does not say what it does, ValueError on meta."""
+    if base.weight.dtype not in FLOATS:
+        raise TypeError(f"base.weight: found {base.weight.dtype}, want one of {FLOATS} to merge")
+    if type(base).forward is not nn.Linear.forward:
+        kind = type(base).__name__
+        raise TypeError(f"base: found a {kind}, want nn.Linear's forward; merge or unwrap it first")
+    for name, tensor in {"base.weight": base.weight, **factors}.items():
+        if tensor.is_meta:
+            raise ValueError(f"{name}: found it on the meta device, without numbers; want it real")
+
+
+def check_peft(name: str, layer: nn.Module) -> None:
+    """Raise ValueError unless ΔW of this PEFT layer is B A of its active adapters, not merged."""
+    factors = [key for key, _ in layer.named_parameters() if key.startswith("lora_")]
+    other = [key for key in factors if not key.startswith(("lora_A.", "lora_B."))]
+    variants = getattr(layer, "lora_variant", {}).values()
+    found = [type(variant).__name__ for variant in variants] + other
+    if layer.merged:
+        found.append("a merged adapter")
+    if not all(isinstance(A, nn.Linear) for A in layer.lora_A.values()):
+        found.append(f"a {type(layer).__name__} that is no Linear")
+    if hasattr(layer, "parameter_name"):  # an adapter of a bare parameter
+        found.append(f"target_parameters {layer.parameter_name}")
+    if not any(adapter in layer.lora_A for adapter in layer.active_adapters):
+        found.append("no active adapter")
+    if found:
+        raise ValueError(f"{name}: found {few(found)}; want plain, unmerged LoRA of a Linear")

@@ -56,7 +56,7 @@ def situations(plan: dict, draw: int) -> dict[str, tuple[torch.Tensor, torch.Ten
 
 def values(B: torch.Tensor, S: torch.Tensor) -> list[float]:
     """One number per column."""
-    per_token = redundancy(B.expand(len(S), *B.shape), S[:, None, :], "cosine")
+    per_token = torch.vmap(lambda token: redundancy(B, token[None], "cosine"))(S).mean()
     return [*(redundancy(B, S, metric).item() for metric in METRICS), per_token.item()]
 
 

@@ -20,15 +20,15 @@ WRONG = {  # a body that a student might hand in
     "hra.HRALinear.pair": "return self.base.weight @ self.U, self.U.T",
     "hra.gram_schmidt": "return U / U.norm(dim=0)",
     "hra.gamma": "return -2 * torch.eye(U.shape[1], dtype=U.dtype)",
-    "resora._kernel": "return torch.exp(-torch.cdist(h, h).square() / (2 * sigma**2))",
+    "resora.rbf_kernel": "return torch.exp(-torch.cdist(H, H).square() / (2 * sigma**2))",
     "resora.redundancy_dense": "return S.new_zeros(())",
-    "resora.ReSoRA.penalty": "return sum(layer.A.sum() for layer in self.layers.values()) * 0",
-    "resora.redundancy": (
-        "return redundancy_dense(B, S, metric, beta=beta, sigma=sigma, samples=samples,"
-        " generator=generator, center=center)"
-    ),
-    "resora._alignments": "return _cosines(_gram(_centered(S)[0])).square()",
+    "resora.lengths": "return X.norm(dim=0)",
+    "resora.cosines": "return X.T @ X / X.norm(dim=0)",
+    "resora.euclidean": "return torch.exp(-beta * (B.T @ B) * (S.T @ S))",
+    "resora.linear": "return (S.T @ S).square() / S.square().sum(0).square()",
+    "resora.nonlinear": "return linear(B, S)",
     "resora.regauge": "return B, A",
+    "resora.ReSoRA.penalty": "return sum(layer.A.sum() for layer in self.layers.values()) * 0",
     "eigenlorax.project": "return rows @ V.T",
     "eigenlorax.EigenLoRAxLinear.pair": (
         "return self.V_B.T @ self.alpha_B[0], self.alpha_A[0].T @ self.V_A"

@@ -433,13 +433,11 @@ def redundancy(draw):
     samples = draw(st.sampled_from([128] * 30 + [2, 5, 1, 0, -3, 2.5, math.nan]))
     center = draw(st.booleans())
     options = dict(beta=beta, sigma=sigma, samples=samples, center=center)
-    stacked = B.dim() > 2  # leading axes are layers: in the docstring, and not of the oracle
-    fits = real(B, S, dim=None) and B.dim() == S.dim() > 1 and B.shape[:-2] == S.shape[:-2]
-    fits = fits and B.shape[-1] == S.shape[-1] and metric in resora.METRICS
+    fits = real(B, S) and B.shape[1] == S.shape[1] and metric in resora.METRICS
     fits = fits and 0 < beta < math.inf and 0 < sigma < math.inf
     fits = bool(fits and samples >= 2)
     good = fits and finite(B, S)
-    if good and not stacked:
+    if good:
         # columns that are null, or nearly, and sums that overflow, are for the docstring
         b, s = (wide(X).square().mean(0).sqrt() for X in (B, S))
         c = (wide(S) - wide(S).mean(0)).square().mean(0).sqrt()
@@ -450,11 +448,11 @@ def redundancy(draw):
         inside = inside and sigma >= 0.5  # a narrow kernel is the identity: cosines of little else
         good = True if inside else None
 
-    if fits and (stacked or B.shape[-1] == 1):
+    if fits and B.shape[1] == 1:
         good = None  # nothing to compare: 0, whatever the component
     if fits and metric in ("linear", "nonlinear") and not finite(B) and finite(S):
         good = None  # which B cannot change
-    if real(B, S, dim=None) and samples == 2.5:
+    if real(B, S) and samples == 2.5:
         good = good and None  # as good where no token is left out
 
     def correct(R):

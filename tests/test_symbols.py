@@ -52,14 +52,14 @@ def resora_symbols(n: dict[str, int]) -> dict[str, object]:
     m = resora.LoRALinear(nn.Linear(n["d"], n["o"]), n["r"])
     with resora.ReSoRA(m) as regularizer:
         m(torch.randn(n["N"], 1, n["d"]))
-        (x,) = regularizer._inputs[""]
+        (x,) = regularizer.inputs[""]
         return {
             "base.weight": m.base.weight,
             "A": m.A,
             "B": m.B,
             "weight": m.weight,
             "x": x,
-            "S": regularizer._codes("", m.A, {"": [x]}),
+            "S": resora.codes([x], m.A),
             "penalty()": regularizer.penalty(),
         }
 
