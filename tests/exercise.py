@@ -83,7 +83,7 @@ EXERCISES = {
         "Sec. 3.2", 5, "E9", "B = s·V_Bᵀ α_B and A = α_Aᵀ V_A.", 3
     ),
     "eigenlorax.EigenLoRAxLinear.set_task": Exercise(
-        "Table 4, zero-shot", 10, "E4", "The task may have had columns before. What of them?", 4
+        "Table 4, zero-shot", 10, "E4", "The task may have had columns before. What of them?", 1
     ),
     "eigenlorax.augment": Exercise(
         "Algorithm 1, P", 10, "E6", "QR of V with noise below it is a stable Gram–Schmidt.", 2

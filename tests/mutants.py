@@ -98,7 +98,7 @@ MUTANTS: dict[str, list[Change]] = {
         "linear = lambda B, S, center: was(B, S)",
         "nonlinear = lambda B, S, sigma: was(B, S, sigma * 2**0.5)",
         "linear_maps = lambda G, H, center: was(G, H)",
-        "unit = lambda X, least=EPS: X / X.norm(dim=0).detach()",
+        "lengths = lambda X, least=EPS: was(X, least).detach()",
     ],
     "R2": [
         "codes = lambda inputs, A: 2 * was(inputs, A)",
@@ -120,7 +120,7 @@ MUTANTS: dict[str, list[Change]] = {
         "regauge = lambda B, A, x=None: (was(B, A, x)[0], -was(B, A, x)[1])",
     ],
     "R6": [
-        "unit = lambda X, least=EPS: X / X.norm(dim=0)",
+        "lengths = lambda X, least=EPS: X.norm(dim=0)",
         "centered = lambda S: S - S.mean(0)",
     ],
     "R7": [
@@ -129,9 +129,9 @@ MUTANTS: dict[str, list[Change]] = {
         ("max(1, len(values) - 1)", "(len(values) - 1)"),
     ],
     "R8": [
-        "cosine = lambda B, S: (unit(B).T @ unit(B)) * (unit(S).T @ unit(S))",
+        "cosine = lambda B, S: cosines(B) * cosines(S)",
         "linear = lambda B, S, center: (S.T @ S).square()",
-        "unit = lambda X, least=EPS: X",
+        "lengths = lambda X, least=EPS: torch.ones_like(X[0])",
     ],
     "R9": [
         "nonlinear = lambda B, S, sigma: linear(B, S)",
@@ -174,7 +174,9 @@ MUTANTS: dict[str, list[Change]] = {
         "EigenLoRAxLinear.set_task = lambda self, i, B, A: was(self, i, B * self.scaling, A)",
         "EigenLoRAxLinear.set_task = lambda self, i, B, A: was(self, i, B, -A)",
         "EigenLoRAxLinear.set_task = lambda self, i, B, A: was(self, i, B, A.flip(0))",
-        ("            self.alpha_B[task].zero_()\n", ""),
+        "EigenLoRAxLinear.set_task = lambda self, i, B, A: ("
+        "self.alpha_A[i].data[:, : len(A)].copy_(self.V_A @ A.T), "
+        "self.alpha_B[i].data[:, : len(A)].copy_(self.V_B @ B / self.scaling))",
     ],
     "E5": [
         "Components.reconstruct = lambda self, coefficients: was(self, coefficients) / 2",
@@ -202,7 +204,8 @@ MUTANTS: dict[str, list[Change]] = {
         ('if init == "zero":', 'if init == "random":'),
     ],
     "E10": [
-        "coefficients = lambda V, r, generator: was(V, r + 1, generator)",
+        "EigenLoRAxLinear.__init__ = lambda self, base, subspace, r, *rest: "
+        "was(self, base, subspace, r + 1, *rest)",
         ('self.register_buffer("V_A", subspace', "self.V_A = nn.Parameter(subspace"),
     ],
     "E11": [
@@ -212,7 +215,7 @@ MUTANTS: dict[str, list[Change]] = {
     ],
     "E12": [
         "EigenLoRAxLinear.gather = lambda self, ids: was(self, ids.flip(0))",
-        "EigenLoRAxLinear.delta_per_sample = lambda self, x, i: was(self, x, i) / self.scaling",
+        "EigenLoRAxLinear.gather = lambda self, ids: (was(self, ids)[0], was(self, ids)[1].abs())",
     ],
     "E13": [
         "EigenLoRAxLinear.gather = lambda self, ids: [torch.stack([*a])[ids] for a in "

@@ -100,9 +100,9 @@ SOLUTIONS = {  # what a student may hand in: right and plain; with a plausible s
         "return self.V_B.T @ alpha_B, alpha_A.T @ self.V_A",
     ),
     "eigenlorax.EigenLoRAxLinear.set_task": (
-        "self.alpha_B[task].zero_(); self.alpha_A[task][:, :r] = self.V_A @ A.T;"
+        "r = len(A); self.alpha_B[task].zero_(); self.alpha_A[task][:, :r] = self.V_A @ A.T;"
         " self.alpha_B[task][:, :r] = self.V_B @ B / self.scaling",
-        "self.alpha_A[task][:, :r] = self.V_A @ A.T;"
+        "r = len(A); self.alpha_A[task][:, :r] = self.V_A @ A.T;"
         " self.alpha_B[task][:, :r] = self.V_B @ B / self.scaling",
     ),
     "eigenlorax.augment": (
@@ -181,7 +181,7 @@ def test_the_solution_is_gone_and_nothing_else(name, tmp_path):
     assert len(kept) == EXERCISES[name].keep
     if kept:  # they end with what looks at the arguments
         last = ast.unparse(kept[-1])
-        assert "raise" in last or "return" in last or last.startswith(("check", "refuse"))
+        assert any(word in last for word in ("raise", "return", "check", "refuse", "one_task"))
     assert not written(text, name) and written(original, name)
 
 
