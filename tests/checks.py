@@ -40,9 +40,10 @@ def within(error: float | Tensor, bound: float | Tensor) -> None:
     error, bound = (float(torch.as_tensor(value).detach()) for value in (error, bound))
     assert 0 <= error < float("inf"), f"an error of {error}"
     assert 0 <= bound < float("inf"), f"a bound of {bound}"
-    test = os.environ.get("PYTEST_CURRENT_TEST", "").partition(" ")[0]
+    test = os.environ.get("PYTEST_CURRENT_TEST", "").rpartition(" ")[0]
+    share = error / bound if bound else float("inf")
+    NOTES[test].append(share if error else 0.0)
     assert error <= bound, f"off by {error:.3g}, allowed {bound:.3g}"
-    NOTES[test].append(error / bound if error else 0.0)
 
 
 def close(found: Tensor | float, wanted: Tensor | float, bound: float | Tensor) -> None:

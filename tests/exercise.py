@@ -1,194 +1,220 @@
-"""Exercises: a method file with one body taken out, beside the tests of the claims it serves.
+"""Exercises: a method file with one body taken out, beside the tests of its claims.
 
 python -m tests.exercise                list the exercises of each method, from easy to hard
 python -m tests.exercise NAME           write exercises/NAME/: the file to complete and its tests
-python -m tests.exercise NAME --check   run those tests on the file, and say which claims hold
+python -m tests.exercise NAME --check   run the function's example, then the tests of its claims
     --folder FOLDER   another place than exercises/
     --force           write over an exercise that is there
 """
 
 import argparse
 import ast
+import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
-from xml.etree import ElementTree
 
-from common import one_line_errors
+from tests.certificate import spelled  # noqa: F401  registers the error handler of this name
+from tests.claims import ROOT, claims
 
-ROOT = Path(__file__).parents[1]
-OWN = """
-import {method}
-
-assert {method}.__file__ == {file!r}
-hypothesis.settings.register_profile(
-    "verdict",
-    parent=hypothesis.settings.get_profile("ci"),
-    phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],  # no smaller counterexample
-)
-hypothesis.settings.load_profile("verdict")
-"""
+COMPANIONS = ("__init__.py", "conftest.py", "checks.py", "certificate.py", "verdict.py")
+EMPTY = 'raise NotImplementedError("your code")'
 
 
 class Exercise(NamedTuple):
-    """Where its formula stands (Step: of the docstring), the claims' ids, what else is emptied."""
+    """What a student should know, and what judges."""
 
-    source: str
-    claims: str
-    helper: str = ""  # its body would give the answer away
+    source: str  # where the formula stands in the paper, or here
+    minutes: int
+    claims: str  # their ids
+    hint: str
+    keep: int = 0  # so many statements at the head of the body stay: they check the arguments
 
 
 EXERCISES = {
-    "hra.chain": Exercise("Eq. 1", "H1 H2 H5"),
-    "hra.reflect": Exercise("Eq. 2", "H1 H2 H12"),
-    "hra.HRALinear.merge": Exercise("Eq. 5", "H10"),
-    "hra.penalty": Exercise("Eq. 6", "H7 H11"),
-    "hra.HRALinear.pair": Exercise("Eq. 5", "H4 H8"),
-    "hra.gram_schmidt": Exercise("Sec. 3.4, λ = ∞", "H8", "orthonormal"),
-    "hra.gamma": Exercise("Eq. 3–4", "H3 H4 H7 H12"),
-    "resora._kernel": Exercise("RBF kernel, step 6", "R1"),
-    "resora.redundancy_dense": Exercise("R, steps 3–6", "R1 R7"),
-    "resora.ReSoRA.penalty": Exercise("L + λ·R, step 7", "R2 R6 R10"),
-    "resora.redundancy": Exercise("R, steps 2–6", "R1 R3 R4 R6 R8 R9 R11"),
-    "resora._alignments": Exercise("RBF kernel, step 6", "R1 R6 R8 R9"),
-    "resora.regauge": Exercise("step 1, the gauge", "R5"),
-    "eigenlorax.project": Exercise("Sec. 3.2, step 4", "E3 E4 E5"),
-    "eigenlorax.EigenLoRAxLinear.pair": Exercise("Sec. 3.2", "E9"),
-    "eigenlorax.EigenLoRAxLinear.set_task": Exercise("zero-shot, step 5", "E4 E7"),
-    "eigenlorax.choose_k": Exercise("K, step 2", "E1 E11"),
-    "eigenlorax.augment": Exercise("Algorithm 1, P", "E6"),
-    "eigenlorax.EigenLoRAxLinear.forward": Exercise("Sec. 3.2", "E9 E12"),
-    "eigenlorax.principal_components": Exercise(
-        "Algorithm 1, steps 2–3", "E1 E2 E3 E11", "_components"
+    "hra.reflection": Exercise(
+        "Eq. 1", 5, "H1 H2", "The part of x along u is (uuᵀ/‖u‖²) x. Take it away twice."
     ),
-    "eigenlorax._grow": Exercise("step 7", "E7 E8"),
+    "hra.chain": Exercise("Eq. 1", 5, "H1 H2", "Multiply on the right, from the first column on."),
+    "hra.penalty": Exercise(
+        "Eq. 6", 10, "H7", "Only the angles count: bring the columns to length 1 first."
+    ),
+    "hra.HRALinear.pair": Exercise(
+        "Eq. 5", 10, "H4", "B = W U Γ and A = Uᵀ, with U the `normals` and Γ their `gamma`."
+    ),
+    "hra.reflect": Exercise(
+        "Eq. 2, 5", 10, "H2 H12", "x Hᵀ, where H = I + CᵀA. Multiply by the thin matrices only.", 1
+    ),
+    "hra.orthonormal": Exercise(
+        "Sec. 3.4, λ = ∞", 15, "H8", "QR has the same columns as Gram–Schmidt, up to their signs."
+    ),
+    "hra.gamma": Exercise(
+        "Eq. 3, 4", 20, "H3 H4 H7", "S holds UᵀU above its diagonal and half of its diagonal."
+    ),
+    "resora.cosine_maps": Exercise("cosine", 5, "R1", "Each map is one vector of N·o numbers."),
+    "resora.linear_maps": Exercise(
+        "linear", 10, "R1", "The means over the tokens go first. Which norm is the matrix norm?"
+    ),
+    "resora.cosine": Exercise(
+        "cosine", 10, "R1 R4 R8", "⟨ΔHᵢ, ΔHⱼ⟩ = (BᵀB)ᵢⱼ·(SᵀS)ᵢⱼ: two small Gram matrices."
+    ),
+    "resora.linear": Exercise(
+        "linear", 10, "R1 R3", "It is the squared correlation of the codes; `center` may be off."
+    ),
+    "resora.euclidean": Exercise(
+        "Eq. 5", 15, "R1 R11", "‖G − H‖² = ‖G‖² + ‖H‖² − 2⟨G, H⟩, and the mean is over N·o."
+    ),
+    "resora.rbf_kernel": Exercise(
+        "nonlinear", 15, "R1", "To centre a kernel, both means go, and the mean of all comes back."
+    ),
+    "resora.nonlinear": Exercise(
+        "nonlinear", 25, "R1 R8 R9", "‖Bᵢ‖ cancels, so r kernels of the standardised codes do."
+    ),
+    "resora.regauge": Exercise(
+        "this file, part 3", 25, "R5", "QR of B, then the right singular vectors of the codes.", 2
+    ),
+    "eigenlorax.Components.project": Exercise(
+        "Algorithm 1", 5, "E3 E5", "VVᵀ = I makes least squares a single product. Mind the mean."
+    ),
+    "eigenlorax.EigenLoRAxLinear.pair": Exercise(
+        "Sec. 3.2", 5, "E9", "B = s·V_Bᵀ α_B and A = α_Aᵀ V_A.", 3
+    ),
+    "eigenlorax.EigenLoRAxLinear.set_task": Exercise(
+        "Table 4, zero-shot", 10, "E4", "The task may have had columns before. What of them?", 1
+    ),
+    "eigenlorax.augment": Exercise(
+        "Algorithm 1, P", 10, "E6", "QR of V with noise below it is a stable Gram–Schmidt.", 2
+    ),
+    "eigenlorax.EigenLoRAxLinear.delta_per_sample": Exercise(
+        "Sec. 3.2", 15, "E12", "Samples share V; between the two products each has its own α.", 2
+    ),
+    "eigenlorax.by_gram": Exercise(
+        "Algorithm 1", 20, "E1 E2 E3", "XXᵀ = U Σ² Uᵀ, XᵀX = Vᵀ Σ² V; take the smaller one."
+    ),
+    "eigenlorax.append": Exercise(
+        "adapters to come", 20, "E7", "The rows ΣV stand for all that came before."
+    ),
+    "eigenlorax.choose_k": Exercise(
+        "Algorithm 1, K", 25, "E11", "Sum the σ²; the first K whose sum is enough. ω is there.", 3
+    ),
 }
 
 
-def _read(file: str) -> str:
+def read(file: str) -> str:
+    """The text of a file of this repository."""
     return (ROOT / file).read_text(encoding="utf-8")
 
 
-def definition(tree: ast.AST, name: str) -> ast.FunctionDef:
-    """The definition of "function" or "Class.method"."""
+def definition(text: str, name: str) -> ast.FunctionDef:
+    """The definition of "function" or "Class.method". Raises ValueError if there is none."""
+    node = ast.parse(text)
     for part in name.split("."):
-        tree = next(node for node in tree.body if getattr(node, "name", None) == part)
-    return tree
+        inner = [child for child in node.body if getattr(child, "name", None) == part]
+        if not inner:
+            raise ValueError(f"found no definition of {name}; want it as it was")
+        node = inner[-1]
+    return node
 
 
-def body_lines(text: str, name: str) -> slice:
-    """Which lines (from 0) of a module's text are the body of name, less its docstring."""
-    node = definition(ast.parse(text), name)
-    first = node.body[0]
-    documented = ast.get_docstring(node) is not None
-    return slice(first.end_lineno if documented else first.lineno - 1, node.end_lineno)
+def body_of(node: ast.FunctionDef) -> list[ast.stmt]:
+    """The statements of a function after its docstring."""
+    return node.body[1:] if ast.get_docstring(node) is not None else node.body
 
 
-def emptied(text: str, name: str) -> str:
-    """The module's text with nothing but the docstring and a NotImplementedError in name."""
-    lines = text.split("\n")
-    indent = " " * definition(ast.parse(text), name).body[0].col_offset
-    lines[body_lines(text, name)] = [f'{indent}raise NotImplementedError("your code")']
+def solution_lines(name: str) -> slice:
+    """Which lines (from 0) of the method file are the solution of an exercise."""
+    method, _, function = name.partition(".")
+    node = definition(read(f"{method}.py"), function)
+    solution = body_of(node)[EXERCISES[name].keep :]
+    return slice(solution[0].lineno - 1, node.end_lineno)
+
+
+def emptied(name: str) -> str:
+    """The method file's text with a NotImplementedError where the solution was."""
+    lines = read(f"{name.partition('.')[0]}.py").split("\n")
+    place = solution_lines(name)
+    first = lines[place.start]
+    lines[place] = [first[: -len(first.lstrip())] + EMPTY]
     return "\n".join(lines)
 
 
-def claim_tests(method: str, claims: str) -> str:
-    """tests/test_METHOD.py, cut down to the tests of these claims and what they use."""
-    text = _read(f"tests/test_{method}.py")
-    statements = ast.parse(text).body
-    wanted = tuple(f"test_{claim}_" for claim in claims.split())
-    kept = [s for s in statements if getattr(s, "name", "").startswith(wanted)]
-    for statement in kept:  # which grows
-        used = {node.id for node in ast.walk(statement) if isinstance(node, ast.Name)}
-        kept += [s for s in statements if s not in kept and used & _names(s)]
-    lines, blocks = text.split("\n"), [f'"""{method}.py: the claims {claims}."""\n']
-    for statement in sorted(kept, key=lambda s: s.lineno):
-        first = min(s.lineno for s in [statement, *getattr(statement, "decorator_list", [])])
-        gap = "\n\n" if isinstance(statement, ast.FunctionDef) else ""
-        blocks.append(gap + "\n".join(lines[first - 1 : statement.end_lineno]))
-    return "\n".join(blocks) + "\n"
-
-
-def _names(statement: ast.stmt) -> set[str]:
-    """What a statement of a module binds."""
-    if isinstance(statement, ast.Import | ast.ImportFrom):
-        return {alias.asname or alias.name.partition(".")[0] for alias in statement.names}
-    nodes = ast.walk(statement) if isinstance(statement, ast.Assign) else ()
-    stored = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-    return stored | {getattr(statement, "name", "")} - {""}
-
-
-def sentences(method: str) -> dict[str, str]:
-    """{claim: its sentence} in the method file's docstring."""
-    docstring = ast.get_docstring(ast.parse(_read(f"{method}.py")))
-    found = re.findall(r"^ +([HRE]\d+)  (\S.*(?:\n {6}.*)*)", docstring, flags=re.M)
-    return {claim: " ".join(sentence.split()) for claim, sentence in found}
-
-
-def write(name: str, folder: Path, force: bool = False) -> Path:
-    """Write folder/NAME/ with METHOD.py, its tests and conftest.py; return METHOD.py's path.
-
-    Raises ValueError if one of the files is there, unless force.
-    """
+def written(text: str, name: str) -> bool:
+    """Whether the body has more than what was kept, pass, `...` and the NotImplementedError."""
     method, _, function = name.partition(".")
-    text = emptied(_read(f"{method}.py"), function)
-    if helper := EXERCISES[name].helper:
-        text = emptied(text, helper)
-    files = {
-        f"{method}.py": text,
-        f"test_{method}.py": claim_tests(method, EXERCISES[name].claims),
-        "conftest.py": _read("tests/conftest.py"),
-    }
-    place = folder / name
-    there = [str(place / file) for file in files if (place / file).exists()]
-    if there and not force:
-        raise ValueError(f"found {there[0]}, want a new place (--folder) or --force to overwrite")
-    place.mkdir(parents=True, exist_ok=True)
-    for file, content in files.items():
-        (place / file).write_text(content, encoding="utf-8", newline="")
+    kept = body_of(definition(read(f"{method}.py"), function))[: EXERCISES[name].keep]
+    nothing = [ast.unparse(part) for part in [*kept, *ast.parse(f"{EMPTY}\npass\n...").body]]
+    return not all(ast.unparse(part) in nothing for part in body_of(definition(text, function)))
+
+
+def lay_out(place: Path, method: str, text: str) -> Path:
+    """Write METHOD.py with this text, and beside it what its claims' tests need."""
+    (place / "tests").mkdir(parents=True, exist_ok=True)
+    for file in (*COMPANIONS, f"test_{method}.py"):
+        (place / "tests" / file).write_text(read(f"tests/{file}"), encoding="utf-8")
+    (place / f"{method}.py").write_text(text, encoding="utf-8")
     return place / f"{method}.py"
 
 
-def check(name: str, file: Path) -> dict[str, bool]:
-    """{claim: does it hold?} of an exercise, by this repository's tests on a copy of the file.
+def write(name: str, folder: Path, force: bool = False) -> Path:
+    """Write folder/NAME/, return the path of METHOD.py. ValueError if it is there, unless force."""
+    place = folder / name
+    if place.exists() and not force:
+        raise ValueError(f"found {place}; want a new place (--folder) or --force to overwrite")
+    return lay_out(place, name.partition(".")[0], emptied(name))
 
-    Raises ValueError if there is no such file, or it cannot be imported.
-    """
-    if not file.is_file():
-        raise ValueError(f"found no {file}, want what python -m tests.exercise {name} writes")
-    method, claims = name.partition(".")[0], EXERCISES[name].claims
+
+def run(name: str, text: str) -> dict[str, str]:
+    """{"example" and each claim: "" or what is wrong}; the cases are drawn, and reduced."""
+    method, _, function = name.partition(".")
+    tests = [f"test_{claim}_" for claim in EXERCISES[name].claims.split()]
+    documented = ast.get_docstring(definition(text, function)) or ""
+    named = {"example": name} if ">>>" in documented else {}
+    named |= {test.split("_")[1]: test for test in tests}
+    places = [f"{method}.py::{name}"] * ("example" in named) + [f"tests/test_{method}.py"]
+    options = ["-q", "-p", "tests.verdict", "--doctest-modules", "-m", "not slow"]
     with tempfile.TemporaryDirectory() as temporary:
-        place = Path(temporary).resolve()
-        (place / file.name).write_bytes(file.read_bytes())
-        (place / f"test_{method}.py").write_text(claim_tests(method, claims), encoding="utf-8")
-        own = OWN.format(method=method, file=str(place / file.name))
-        (place / "conftest.py").write_text(_read("tests/conftest.py") + own, encoding="utf-8")
+        lay_out(Path(temporary), method, text)
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--junitxml=xml"],
-            cwd=place,
-            env={**os.environ, "CI": "1", "PYTHONPATH": str(ROOT)},  # for tests.checks
+            [sys.executable, "-m", "pytest", *options, "-k", " or ".join(named.values()), *places],
+            cwd=temporary,
+            env={**os.environ, "CI": "1"},
             capture_output=True,
-            text=True,
         )
-        if not (place / "xml").exists():
-            reasons = [x[2:].strip() for x in done.stderr.splitlines() if x.startswith("E ")]
-            reason = (reasons or [done.stderr.strip() or "an exit"])[-1]
-            raise ValueError(f"{file}: found {reason}, want to import it")
-        cases = list(ElementTree.parse(place / "xml").iter("testcase"))
+        if not (Path(temporary) / "verdict.json").exists():
+            raise ValueError(f"pytest: {done.stdout + done.stderr}")
+        verdicts = json.loads((Path(temporary) / "verdict.json").read_text(encoding="utf-8"))
     found = {}
-    for claim in claims.split():
-        own = [case for case in cases if case.get("name").startswith(f"test_{claim}_")]
-        found[claim] = bool(own) and all(case.find("*") is None for case in own)
+    for label, start in named.items():
+        own = [verdict for test, verdict in verdicts.items() if test.startswith(start)]
+        wrong = [verdict for verdict in own or [*verdicts.values(), "no test ran"] if verdict]
+        found[label] = wrong[0] if wrong else ""
     return found
 
 
+def check(name: str, file: Path) -> dict[str, str]:
+    """{"example" and each claim: "" or what is wrong} of an exercise.
+
+    Raises ValueError if there is no such file, or no Python in it, or nothing written.
+    """
+    if not file.is_file():
+        raise ValueError(f"found no {file}; want what python -m tests.exercise {name} writes")
+    text = file.read_text(encoding="utf-8")
+    try:
+        compile(text, file, "exec")
+    except SyntaxError as error:
+        raise ValueError(f"{file}, line {error.lineno}: SyntaxError: {error.msg}") from None
+    if not written(text, name):
+        raise ValueError(f"not written yet: {file}, line {solution_lines(name).start + 1}")
+    return run(name, text)
+
+
 def table() -> str:
-    """One line per exercise: name, place in the paper, claims."""
-    return "\n".join(f"{name:37} {e.source:23} {e.claims}" for name, e in EXERCISES.items())
+    """Two lines per exercise: name, place in the paper, minutes, claims; and a hint."""
+    line = "{name:36} {e.source:24} {e.minutes:3} min  {e.claims}\n    {e.hint}"
+    return "\n".join(line.format(name=name, e=e) for name, e in EXERCISES.items())
 
 
 def listing() -> str:
@@ -196,12 +222,25 @@ def listing() -> str:
     found = {}
     for name, e in EXERCISES.items():
         method, _, function = name.partition(".")
-        found.setdefault(method, []).append(f"`{function}` ({e.source})")
+        found.setdefault(method, []).append(f"`{function}` ({e.source}, {e.minutes} min)")
     return "\n".join(f"- {method}: {', '.join(names)}" for method, names in found.items())
+
+
+def report(name: str, found: dict[str, str]) -> str:
+    """What `check` found, for people."""
+    sentences = {"example": "the example of its docstring"} | claims(name.partition(".")[0])
+    lines = []
+    for label, wrong in found.items():
+        lines.append(f"{label:8} {'FAILS' if wrong else 'holds'}  {sentences[label]}")
+        lines += [f"{'':16}{wrong}"] if wrong else []
+    held = sum(not wrong for wrong in found.values())
+    lines += [f"hint: {EXERCISES[name].hint}"] if held < len(found) else []
+    return "\n".join([*lines, f"{held} of {len(found)} hold"])
 
 
 def main() -> None:
     """List, write or check."""
+    sys.stdout.reconfigure(errors="spelled")  # a terminal need not know the papers' letters
     parser = argparse.ArgumentParser(
         prog="python -m tests.exercise",
         description=__doc__,
@@ -217,19 +256,20 @@ def main() -> None:
         print(table())
         return
     if name not in EXERCISES:
-        raise ValueError(f"NAME: found {name!r}, want one of {', '.join(EXERCISES)}")
+        raise ValueError(f"NAME: found {name!r}; want one of {', '.join(EXERCISES)}")
     method, _, function = name.partition(".")
-    if not options.check:
-        file = write(name, options.folder, options.force)
-        wanted = " and ".join(filter(None, (function, EXERCISES[name].helper)))
-        print(f"{file}: write the body of {wanted} ({EXERCISES[name].source}), then --check")
-        return
-    found = check(name, options.folder / name / f"{method}.py")
-    for claim, holds in found.items():
-        print(f"{claim:4} {'holds' if holds else 'does not hold':14} {sentences(method)[claim]}")
-    print(f"{sum(found.values())} of {len(found)} claims hold")
-    sys.exit(not all(found.values()))
+    if options.check:
+        found = check(name, options.folder / name / f"{method}.py")
+        print(report(name, found))
+        sys.exit(any(found.values()))
+    file = write(name, options.folder, options.force)
+    e = EXERCISES[name]
+    print(f"{file}: write the body of {function} ({e.source}, about {e.minutes} minutes).")
+    print(f"Hint: {e.hint}\nThen: python -m tests.exercise {name} --check")
 
 
 if __name__ == "__main__":
-    one_line_errors(main)
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"exercise: {error}")

@@ -1,212 +1,292 @@
 """Does every claim's test see its claim broken?   python -m tests.mutants [CLAIM …]
 
-Each mutant is an edit, old text -> new text, of a method file. In a copy of the repository the
-claim's own test must then fail, and with an assertion. The last line is KILLED/ALL.
+A mutant is a plausible slip: a sign, a factor, a transpose, one too many, a lost gradient. It is a
+wrong function put in the place of the right one before the tests import it, or, where that cannot
+say it, an edit of the method file's text in memory. The claim's own test must then fail, and with
+an assertion. The last line is KILLED/ALL.
 
 --generic [N] also makes edits by rule, all of them (hours) or N drawn with a fixed seed, and lists
-those that the method's whole test file and doctests let live: for a person to judge, as some are
-equal to the original.
+those that the method's claims, layer tests and doctests let live: for a person to judge, as some
+are equal to the original.
 """
 
 import argparse
 import ast
+import json
 import os
 import random
-import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
-from pathlib import Path
+from types import ModuleType
 
-ROOT = Path(__file__).parents[1]
-MUTANTS = {
-    "hra": [
-        ("H1", "G.diagonal().diag() / 2", "G.diagonal().diag()"),
-        (
-            "H1",
-            "return I - 2 * torch.outer(u, u) / (u @ u)",
-            "return I - torch.outer(u, u) / (u @ u)",
-        ),
-        (
-            "H1",
-            "length = A.detach().norm(dim=1) * C.detach().norm(dim=1)",
-            "length = C.detach().norm(dim=1)",
-        ),
-        ("H2", "C = gamma(A.T).T @ A", "C = gamma(A.T) @ A"),
-        ("H2", "for u in U.T:", "for u in U.T.flip(0):"),
-        ("H2", "(x @ A.T.to(x.dtype)) @ C.to(x.dtype)", "(x @ C.T.to(x.dtype)) @ A.to(x.dtype)"),
-        ("H3", "Γ = -torch.linalg.solve_triangular", "Γ = torch.linalg.solve_triangular"),
-        ("H3", "S = G.triu(1) +", "S = G.tril(-1) +"),
-        ("H3", "return Γ + Γ @ (I + S @ Γ)", "return Γ + Γ @ (I - S @ Γ)"),
-        ("H4", "return B / sizes(U), U.T", "return B, U.T"),
-        ("H4", "return B / sizes(U), U.T", "return B * sizes(U), U.T"),
-        ("H5", ".repeat_interleave(2, dim=1)", ".repeat(1, 2)"),
-        (
-            "H5",
-            'draw = equal_pairs if init == "identity" else directions',
-            'draw = directions if init == "identity" else equal_pairs',
-        ),
-        ("H6", "(rows + (rows @ C.T) @ A)", "(rows - (rows @ C.T) @ A)"),
-        ("H6", "return A, C * (2 / length)[:, None]", "return A, C * (1 / length)[:, None]"),
-        ("H7", ".triu(1).square().sum()", ".triu().square().sum()"),
-        ("H7", "return 2 * (Û.T @ Û)", "return (Û.T @ Û)"),
-        ("H7", "Û = U / U.norm(dim=0)", "Û = U"),
-        ("H8", "return Q * R.detach().diagonal().sign()", "return Q"),
-        ("H8", "return orthonormal(self.U) if self.strict else self.U", "return self.U"),
-        ("H9", "(rows + (rows @ C.T) @ A)", "(rows + 2 * (rows @ C.T) @ A)"),
-        ("H9", "G.diagonal().diag() / 2", "G.diagonal().diag()"),
-        ("H10", "nn.Parameter(self.bias.detach().clone())", "nn.Parameter(self.bias.detach())"),
-        ("H10", "nn.Parameter(self.weight.detach())", "nn.Parameter(self.base.weight.detach())"),
-        ("H10", "(rows + (rows @ C.T) @ A)", "(rows + rows @ (C.T @ A))"),
-        ("H11", "A = U.T.contiguous() / sizes(U)[:, None]", "A = U.T.contiguous()"),
-        ("H11", "s = U.detach().abs().amax(0) * len(U) ** 0.5", "s = U.detach().norm(dim=0)"),
-        ("H11", "Û = U / U.norm(dim=0)", "Û = U / (U.norm(dim=0) + 1e-6)"),
-        (
-            "H11",
-            "return I - 2 * torch.outer(u, u) / (u @ u)",
-            "return I - 2 * torch.outer(u, u) / (u @ u + 1e-4)",
-        ),
-        ("H12", "C = gamma(A.T).T @ A", "C = gamma(A.T).detach().T @ A"),
-        ("H12", "G = U.T @ U", "G = U.T @ U.detach()"),
-        ("H13", "return A, C * (2 / length)[:, None]", "return A, C"),
-        ("H13", "return A, C * (2 / length)[:, None]", "return A, C * (2 / length)"),
-        (
-            "H13",
-            "S = G.triu(1) + G.diagonal().diag() / 2",
-            "S = G.triu() + G.diagonal().diag() / 2",
-        ),
+import hypothesis
+import pytest
+
+from tests.claims import METHODS, ROOT
+
+# {claim: its mutants}. "name = expression" binds a name of the method file anew, within which `was`
+# is what the name meant. (old, new) is an edit of the text, where old stands once.
+Change = str | tuple[str, str]
+MUTANTS: dict[str, list[Change]] = {
+    "H1": [
+        "gamma = lambda U: -was(U)",
+        "gamma = lambda U: -torch.linalg.inv((U.T @ U).triu())",
+        "reflection = lambda u: (torch.eye(len(u), dtype=u.dtype) + was(u)) / 2",
     ],
-    "resora": [
-        ("R1", "torch.exp(-beta * d2.clamp", "torch.exp(-2 * beta * d2.clamp"),
-        ("R1", "/ (len(B) * len(S))", "/ len(S)"),
-        ("R1", "(cosines(B) * cosines(S)).square()", "cosines(B) * cosines(S)"),
-        ("R1", "square() / (2 * sigma**2))  # (r", "square() / sigma**2)  # (r"),
-        ("R1", "    K = K - K.mean(2, keepdim=True)", "    K = K - K.mean(1, keepdim=True)"),
-        ("R1", "R = linear(B, S, center)", "R = linear(B, S)"),
-        ("R2", '{"center": level == "feature",', '{"center": True,'),
-        ("R2", "/ (len(B) * len(S))", "/ len(B)"),
-        ("R3", "return cosines(S).square()", "return cosines(S).abs()"),
-        ("R3", "C = S - mean", "C = S + mean"),
-        ("R4", "(cosines(B) * cosines(S))", "(cosines(B) * (S.T @ S))"),
-        ("R4", "(cosines(B) * cosines(S))", "(cosines(B) * cosines(centered(S)))"),
-        ("R5", "V = torch.linalg.svd(T).Vh.T", "V = torch.linalg.svd(T).Vh"),
-        (
-            "R5",
-            "T = centered(x.reshape(-1, x.shape[-1]).to(dtype) @ C.T)",
-            "T = x.reshape(-1, x.shape[-1]).to(dtype) @ C.T",
-        ),
-        ("R5", "C = U @ A.to(dtype)", "C = U.triu(1) @ A.to(dtype)"),
-        ("R6", "return length.masked_fill(null, torch.inf)", "return length"),
-        ("R6", "rounding = 64 * torch.finfo(S.dtype).eps", "rounding = torch.finfo(S.dtype).tiny"),
-        ("R7", "R.triu(1)", "R.triu(0)"),
-        ("R7", "/ max(1, pairs)", "/ pairs"),
-        ("R7", "values = [0 * S.sum()]", "values = [torch.zeros(())]"),
-        ("R8", "/ length[:, None] / length[None, :]", "/ length[:, None] ** 2"),
-        ("R8", "(S / lengths(S)).T", "S.T"),
-        ("R8", "/ max(1, pairs)", "/ len(R)"),
-        ("R9", "torch.expm1(-(z[", "(-(z["),
-        ("R9", "mean = S.mean(0)", "mean = S.mean()"),
-        ("R10", "torch.randperm(len(S), generator=generator, ", "torch.randperm(len(S), "),
-        ("R10", "x = x.detach()", "x = x.detach().div_(2)"),
-        ("R11", "squares[None, :] - 2 * inner", "squares[None, :] - inner"),
-        ("R11", "inner = (B.T @ B) * (S.T @ S) /", "inner = (B.T @ B).abs() * (S.T @ S) /"),
-        ("R12", "return cosines(S).square()", "return cosines(S * B.norm(dim=0)).square()"),
-        ("R12", "S = centered(S)\n    z", "S = centered(S * B.norm(dim=0))\n    z"),
-        ("R12", "(cosines(B) * cosines(S))", "(cosines(B.detach()) * cosines(S))"),
-        ("R13", "torch.expm1(-(z[", "(-(z["),
-        (
-            "R13",
-            "return cosines(K.flatten(1).T, least=0.0)",
-            "return cosines(K.flatten(1).T, 0.0).square()",
-        ),
+    "H2": [
+        "reflect = lambda x, U: was(x, U.flip(1))",
+        "chain = lambda U: was(U).T",
+        "gamma = lambda U: was(U).T",
     ],
-    "eigenlorax": [
-        (
-            "E1",
-            "torch.linalg.solve_triangular(torch.linalg.cholesky(V @ V.T), V, upper=False)",
-            "1.0 * V",
-        ),
-        (
-            "E1",
-            "max(m, n) * torch.finfo(s.dtype).eps * s[:1]).sum())",
-            "max(m, n) * torch.finfo(s.dtype).eps * s[:1]).sum() - 1)",
-        ),
-        ("E2", ".clamp(min=0).sqrt()", ".clamp(min=0)"),
-        (
-            "E2",
-            "mean = w @ X / (w @ w).clamp(min=1) if center else",
-            "mean = w @ X / (w @ w).clamp(min=1) if not center else",
-        ),
-        ("E3", "X if mean is None else X + mean.to(V).view(V.shape[1:])", "X"),
-        ("E3", "X if mean is None else X - mean.to(V).view(V.shape[1:])", "X"),
-        ("E4", "self.V_B.double()).T / self.scaling, 0", "self.V_B.double()).T, 0"),
-        ("E4", "project(A, self.V_A.double()).T", "-project(A, self.V_A.double()).T"),
-        ("E5", "return V[:K].to(dtype), mean", "return V[-K:].to(dtype), mean"),
-        (
-            "E6",
-            "return torch.cat([V, Q[len(V) :].to(V)])",
-            "return torch.cat([V, V[:1].expand(p, -1)])",
-        ),
-        ("E7", "root = len(s), old.count**0.5", "root = len(s), old.count**0.25"),
-        ("E7", "values = V, mean, s[:K], dropped + float(", "values = V, mean, s[:K], float("),
-        ("E8", "root * mean[None], *rows])", "root * mean[None], *rows[:1]])"),
-        ("E9", "x @ (a.T @ A).T, b.T @ B", "x @ (a.T @ A).T, -b.T @ B"),
-        ("E9", "torch.addmm(y.view(", "torch.addmm(0 * y.view("),
-        ("E9", '("B", "zero") else', '("A", "zero") else'),
-        ("E9", "(W.double() + B.double() @ A", "(W.double() - B.double() @ A"),
-        ("E9", "return (V_B.T @ b * self.scaling)", "return (V_B.T @ b)"),
-        (
-            "E10",
-            'self.register_buffer(f"V_{side}", V.clone(memory_format=torch.contiguous_format))',
-            'self.register_parameter(f"V_{side}", nn.Parameter(V.clone()))',
-        ),
-        (
-            "E10",
-            "alpha = std * _normal((tasks, len(V), rank), V",
-            "alpha = std * _normal((tasks, len(V), rank + 1), V",
-        ),
-        (
-            "E11",
-            "(energy < rule * energy[-1:]).sum()) + 1",
-            "(energy < rule * energy[-1:]).sum()) + 2",
-        ),
-        ("E11", ".quantile(0.5)", ".quantile(0.0)"),
-        ("E11", "+ 1.82 * beta", "+ 0.82 * beta"),
-        ("E12", "self.alpha_B.index_select(0, task)", "self.alpha_B.index_select(0, task.flip(0))"),
+    "H3": [
+        "gamma = lambda U: was(U).T",
+        "gamma = lambda U: was(U / U.norm(dim=0))",
+        "gamma = lambda U: was(U) / 2",
+    ],
+    "H4": [
+        "HRALinear.pair = lambda self: (-was(self)[0], was(self)[1])",
+        "HRALinear.pair = lambda self: (was(self)[0] * sizes(self.U), was(self)[1])",
+    ],
+    "H5": [
+        "equal_pairs = lambda d, r, *rest: directions(d, r // 2, *rest).repeat(1, 2)",
+        "equal_pairs = lambda d, r, *rest: directions(d, r, *rest)",
+        "penalty = lambda U: was(U) + (U[:, 0] - U[:, 1]).sum()",
+    ],
+    "H6": [
+        "gamma = lambda U: -was(U)",
+        "HRALinear.weight = property(lambda self: (self.base.weight + was.fget(self)) / 2)",
+    ],
+    "H7": [
+        "penalty = lambda U: (torch.eye(len(U.T), dtype=U.dtype) - U.T @ U).square().sum()",
+        "penalty = lambda U: was(U[:, 1:])",
+        "gamma = lambda U: was(U) / 2",
+    ],
+    "H8": [
+        "orthonormal = lambda U: U / U.norm(dim=0)",
+        "gram_schmidt = lambda U: orthonormal(U)",
+    ],
+    "H9": [
+        "factors = lambda U, *dtype: (was(U, *dtype)[0], 2 * was(U, *dtype)[1])",
+        "factors = lambda U, *dtype: (was(U, *dtype)[0], was(U, *dtype)[1] / 2)",
+    ],
+    "H10": [
+        "HRALinear.bias = property(lambda self: None)",
+        "HRALinear.weight = property(lambda self: self.base.weight)",
+        ("(rows + (rows @ C.T) @ A)", "(rows + rows @ (C.T @ A))"),
+        ("nn.Parameter(self.bias.detach().clone())", "nn.Parameter(self.bias.detach())"),
+    ],
+    "H11": [
+        "sizes = lambda U: torch.ones_like(U[0])",
+        "reflection = lambda u: was(u / u.norm() + 1e-3)",
+        "penalty = lambda U: 2 * (U.T @ U).triu(1).square().sum()",
+    ],
+    "H12": [
+        "factors = lambda U, *dtype: (was(U, *dtype)[0], was(U, *dtype)[1].detach())",
+        "gamma = lambda U: was(U.detach())",
+    ],
+    "H13": [
+        "factors = lambda U, *dtype: (was(U, *dtype)[0], -was(U, *dtype)[1])",
+        "factors = lambda U, *dtype: (was(U, *dtype)[0], was(U.flip(1), *dtype)[1].flip(0))",
+        ("return A, C * (2 / length)[:, None]", "return A, C"),
+    ],
+    "R1": [
+        "euclidean = lambda B, S, beta: was(B, S, 2 * beta)",
+        "cosine = lambda B, S: was(B, S).sqrt()",
+        "linear = lambda B, S, center: was(B, S)",
+        "nonlinear = lambda B, S, sigma: was(B, S, sigma * 2**0.5)",
+        "linear_maps = lambda G, H, center: was(G, H)",
+        "lengths = lambda X, least=EPS: was(X, least).detach()",
+    ],
+    "R2": [
+        "codes = lambda inputs, A: 2 * was(inputs, A)",
+        ('{"center": level == "feature",', '{"center": True,'),
+    ],
+    "R3": [
+        "centered = lambda S: S",
+        "linear = lambda B, S, center: was(B, S, center).sqrt()",
+        "linear = lambda B, S, center: was(B, S, center) + 0 * B.sum()",
+    ],
+    "R4": [
+        "cosine = lambda B, S: was(B, centered(S))",
+        "cosine = lambda B, S: was(B, S).sqrt()",
+    ],
+    "R5": [
+        "regauge = lambda B, A, x=None: was(B, A)",
+        ("V = torch.linalg.svd(T).Vh.T", "V = torch.linalg.svd(T).Vh"),
+        ("T = centered(x.reshape(-1, x.shape[-1]).to(dtype) @ C.T)", "T = x.flatten(0, -2) @ C.T"),
+        "regauge = lambda B, A, x=None: (was(B, A, x)[0], -was(B, A, x)[1])",
+    ],
+    "R6": [
+        "lengths = lambda X, least=EPS: X.norm(dim=0)",
+        "centered = lambda S: S - S.mean(0)",
+    ],
+    "R7": [
+        ("max(1, pairs)", "pairs"),
+        ("R.triu(1).sum()", "R.triu().sum()"),
+        ("max(1, len(values) - 1)", "(len(values) - 1)"),
+    ],
+    "R8": [
+        "cosine = lambda B, S: cosines(B) * cosines(S)",
+        "linear = lambda B, S, center: (S.T @ S).square()",
+        "lengths = lambda X, least=EPS: torch.ones_like(X[0])",
+    ],
+    "R9": [
+        "nonlinear = lambda B, S, sigma: linear(B, S)",
+        "nonlinear = lambda B, S, sigma: was(B, S, 10 * sigma)",
+        ("torch.expm1(-(z[", "(-(z["),
+    ],
+    "R10": [
+        "draw_tokens = lambda S, samples, generator: was(S, samples, torch.default_generator)",
+        "codes = lambda inputs, A: was([x.mul_(2) for x in inputs], A)",
+    ],
+    "R11": [
+        "euclidean = lambda B, S, beta: was(B, S, beta / len(B))",
+        "euclidean = lambda B, S, beta: was(B, S - S.mean(0), beta)",
+    ],
+    "R12": [
+        "linear = lambda B, S, center: was(B, S, center) + 0 * B.sum()",
+        "nonlinear = lambda B, S, sigma: was(B, S * B.norm(dim=0), sigma)",
+        "cosine = lambda B, S: was(B.detach(), S)",
+    ],
+    "R13": [
+        "nonlinear = lambda B, S, sigma: linear(B, S)",
+        "nonlinear = lambda B, S, sigma: was(B, S, 4 * sigma)",
+    ],
+    "E1": [
+        "by_gram = lambda X, *rule: (was(X, *rule)[0], (X @ was(X, *rule)[1].T).T @ X)",
+        "choose_k = lambda s, rule, *rest: was(s, None, *rest) if rule is None else rule",
+        ("sigma[:1]).sum())\n    if rule is None", "sigma[:1]).sum()) - 1\n    if rule is None"),
+    ],
+    "E2": [
+        "by_gram = lambda X, *rule: (was(X, *rule)[0].square(), was(X, *rule)[1])",
+        "by_svd = lambda X, *rule: (was(X, *rule)[0] / len(X) ** 0.5, was(X, *rule)[1])",
+        "by_gram = lambda X, *rule: was(X.float(), *rule)",
+    ],
+    "E3": [
+        "energy_of = lambda X: was(X) ** 0.5",
+        "Components.project = lambda self, rows: rows.to(self.V) @ self.V.T",
+        "Components.reconstruct = lambda self, coefficients: coefficients @ self.V",
+    ],
+    "E4": [
+        "EigenLoRAxLinear.set_task = lambda self, i, B, A: was(self, i, B * self.scaling, A)",
+        "EigenLoRAxLinear.set_task = lambda self, i, B, A: was(self, i, B, -A)",
+        "EigenLoRAxLinear.set_task = lambda self, i, B, A: was(self, i, B, A.flip(0))",
+        "EigenLoRAxLinear.set_task = lambda self, i, B, A: ("
+        "self.alpha_A[i].data[:, : len(A)].copy_(self.V_A @ A.T), "
+        "self.alpha_B[i].data[:, : len(A)].copy_(self.V_B @ B / self.scaling))",
+    ],
+    "E5": [
+        "Components.reconstruct = lambda self, coefficients: was(self, coefficients) / 2",
+        "choose_k = lambda s, rule, *rest: was(s, rule, *rest) - (rule is None)",
+    ],
+    "E6": [
+        "augment = lambda V, p, g=None: torch.cat([V, normal((p, V.shape[1]), V, g)])",
+        "augment = lambda V, p, g=None: torch.cat([V, was(V[:1], p, g)[1:]])",
+        "augment = lambda V, p, g=None: was(V, p, g) * V.shape[1] ** 0.5",
+    ],
+    "E7": [
+        "append = lambda old, rows, k: was(old, rows[1:], k)",
+        "energy_of = lambda X: was(X) / 2",
+        ("old.energy + energy_of(rows)", "float(sigma.square().sum()) + energy_of(rows)"),
+        ("sigma[:, None] * old.V[: len(sigma)]", "old.V[: len(sigma)]"),
+    ],
+    "E8": [
+        "stacks = lambda all: ((n, A, B / B.norm(dim=1)[:, None]) for n, A, B in was(all))",
+        "stacks = lambda all: ((n, A / A.norm(dim=1)[:, None], B) for n, A, B in was(all))",
+    ],
+    "E9": [
+        "EigenLoRAxLinear.pair = lambda self, i=None: (was(self, i)[0], -was(self, i)[1])",
+        "EigenLoRAxLinear.weight_of = lambda self, i=None: 2 * self.base.weight - was(self, i)",
+        ("return self.scaling * self.V_B.T @ alpha_B", "return self.V_B.T @ alpha_B"),
+        ('if init == "zero":', 'if init == "random":'),
+    ],
+    "E10": [
+        "EigenLoRAxLinear.__init__ = lambda self, base, subspace, r, *rest: "
+        "was(self, base, subspace, r + 1, *rest)",
+        ('self.register_buffer("V_A", subspace', "self.V_A = nn.Parameter(subspace"),
+    ],
+    "E11": [
+        "noise_threshold = lambda shape: was((0, 1))",
+        "noise_threshold = lambda shape: was(shape) - 1",
+        ("(held < rule * whole).sum()) + 1", "(held < rule * whole).sum()) + 2"),
+    ],
+    "E12": [
+        "EigenLoRAxLinear.gather = lambda self, ids: was(self, ids.flip(0))",
+        "EigenLoRAxLinear.gather = lambda self, ids: (was(self, ids)[0], was(self, ids)[1].abs())",
+    ],
+    "E13": [
+        "EigenLoRAxLinear.gather = lambda self, ids: [torch.stack([*a])[ids] for a in "
+        "(self.alpha_A, self.alpha_B)]",
+        "EigenLoRAxLinear.pair = lambda self, i=None: (was(self, i)[0] + "
+        "0 * sum(a.sum() for a in self.alpha_B), was(self, i)[1])",
     ],
 }
-
-
+METHOD = {name[0].upper(): name for name in METHODS}
 Edit = tuple[int, int, str]  # from, to (characters of the text), and what stands there instead
 
 
-def tested(folder: Path, name: str, text: str, *tests: str) -> subprocess.CompletedProcess:
-    """The run of some tests in a copy of the repository whose method file has this text."""
-    (folder / f"{name}.py").write_text(text, encoding="utf-8")
+def mutated(method: str, change: Change) -> ModuleType:
+    """The method's module with a mutant in it. Raises if the mutant does not fit the file."""
+    file = ROOT / f"{method}.py"
+    text = file.read_text(encoding="utf-8")
+    if not isinstance(change, str):
+        old, new = change
+        if text.count(old) != 1:
+            raise ValueError(f"the old text occurs {text.count(old)} times: {old!r}")
+        text = text.replace(old, new)
+    module = ModuleType(method)
+    module.__file__ = str(file)
+    exec(compile(text, file, "exec"), vars(module))
+    if isinstance(change, str):
+        module.was = eval(change.partition(" = ")[0], vars(module))
+        exec(change, vars(module))
+    return module
+
+
+def inside(method: str, change: Change, *tests: str) -> int:
+    """pytest's exit code, in a process of its own, where the method's module is the mutant."""
+    sys.modules[method] = mutated(method, change)
+    phases = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
+    options = dict(deadline=None, derandomize=True, max_examples=50, phases=phases)
+    hypothesis.settings.register_profile("mutants", report_multiple_bugs=False, **options)
+    return pytest.main(["-q", "-x", "--tb=line", "--hypothesis-profile=mutants", *tests])
+
+
+INSIDE = (
+    "import json, sys; from tests.mutants import inside; sys.exit(inside(*json.load(sys.stdin)))"
+)
+
+
+def tested(method: str, change: Change, *tests: str) -> str:
+    """ "" if these tests pass on the mutant, else the line in which pytest says what failed."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "--tb=line", *tests],
-        cwd=folder,
-        env={**os.environ, "CI": "1", "PYTHONPATH": str(folder)},
+        [sys.executable, "-c", INSIDE],
+        input=json.dumps([method, change, *tests]),
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "CI": "1",
+            "PYTHONUTF8": "1",
+        },  # CI also keeps pytest from cutting its lines
         capture_output=True,
-        text=True,
+        encoding="utf-8",
     )
-    shutil.copy(ROOT / f"{name}.py", folder)
-    return done
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return "" if done.returncode == 0 else (failed or [(done.stdout + done.stderr)[-500:]])[0]
 
 
-def killed(folder: Path, name: str, claim: str, old: str, new: str) -> str:
-    """ "" if the claim's test kills the mutant with an assertion, else what happened instead."""
-    text = (ROOT / f"{name}.py").read_text(encoding="utf-8")
-    if text.count(old) != 1:
-        return f"the old text occurs {text.count(old)} times"
-    changed = text.replace(old, new)
-    done = tested(folder, name, changed, f"tests/test_{name}.py", "-k", f"test_{claim}_")
-    if done.returncode == 0:
-        return "it survived"
-    failed = next((x for x in done.stdout.splitlines() if x.startswith("FAILED")), done.stdout)
-    return "" if " - assert" in failed or "AssertionError" in failed else failed[-300:]
+def verdict(claim: str, change: Change) -> tuple[bool, str]:
+    """Whether the claim's test kills this mutant with an assertion, and a line that says so."""
+    method = METHOD[claim[0]]
+    failed = tested(method, change, f"tests/test_{method}.py", "-k", f"test_{claim}_")
+    reason = failed.partition(" - ")[2] or failed
+    dead = reason.startswith(("assert", "AssertionError", "Failed: DID NOT RAISE"))
+    shown = change if isinstance(change, str) else " -> ".join(map(repr, change))
+    fate = "killed  " if dead else "not killed  " if failed else "survived  "
+    return dead, f"{claim:4}{fate}{shown}  [{reason.removeprefix('AssertionError: ')}]"
 
 
 SWAPPED = {"triu": "tril", "tril": "triu", "max": "min", "min": "max", "amax": "amin"}
@@ -281,23 +361,24 @@ def shown(name: str, text: str, edit: Edit) -> str:
     return f"{name}.py:{text.count(chr(10), 0, start) + 1}: {old!r} -> {new!r}"
 
 
-def survivors(folder: Path, sample: int) -> None:
+def survivors(sample: int, pool: ThreadPoolExecutor) -> None:
     """Print the edits by rule that live, of `sample` drawn ones or, for 0, of all."""
-    texts = {name: (ROOT / f"{name}.py").read_text(encoding="utf-8") for name in MUTANTS}
+    texts = {name: (ROOT / f"{name}.py").read_text(encoding="utf-8") for name in METHODS}
     edits = [(name, edit) for name, text in texts.items() for edit in generic(text)]
     drawn = random.Random(0).sample(edits, min(sample, len(edits))) if sample else edits
-    whole = {name: (f"tests/test_{name}.py", f"{name}.py") for name in texts}
-    for name in sorted({name for name, _ in drawn}):
-        if tested(folder, name, texts[name], *whole[name]).returncode:
-            print(f"{name}.py fails as it is: nothing that follows about it counts")
-    alive = 0
-    for name, (start, end, new) in drawn:
-        text = texts[name]
-        changed = text[:start] + new + text[end:]
-        if tested(folder, name, changed, *whole[name]).returncode == 0:
-            alive += 1
-            print("survived", shown(name, text, (start, end, new)), flush=True)
-    print(f"by rule: {alive} of {len(drawn)} survived, {len(edits)} in all")
+
+    def alive(name: str, edit: Edit) -> bool:
+        start, end, new = edit
+        whole = (texts[name], texts[name][:start] + new + texts[name][end:])
+        files = [str(file) for file in (ROOT / "tests").glob(f"test_{name}*.py")]
+        return not tested(name, whole, *files, f"{name}.py")
+
+    lived = 0
+    for (name, edit), lives in zip(drawn, pool.map(alive, *zip(*drawn, strict=True)), strict=True):
+        if lives:
+            lived += 1
+            print("survived", shown(name, texts[name], edit), flush=True)
+    print(f"by rule: {lived} of {len(drawn)} survived, {len(edits)} in all")
 
 
 def main() -> None:
@@ -310,22 +391,23 @@ def main() -> None:
     parser.add_argument("claims", nargs="*", metavar="CLAIM")
     parser.add_argument("--generic", nargs="?", type=int, const=0, metavar="N")
     options = parser.parse_args()
-    chosen = [
-        (n, *m) for n, ms in MUTANTS.items() for m in ms if m[0] in (options.claims or [m[0]])
-    ]
-    if not chosen:
-        parser.error(f"found {options.claims}, want claims such as H1")
+    unknown = set(options.claims) - set(MUTANTS)
+    if unknown:
+        parser.error(f"found {', '.join(sorted(unknown))}; want claims such as H1")
+    chosen = [(c, m) for c in options.claims or MUTANTS for m in MUTANTS[c]]
+    methods = sorted({METHOD[claim[0]] for claim, _ in chosen})
+    sys.stdout.reconfigure(errors="backslashreplace")
     dead = 0
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "copy"
-        ignored = shutil.ignore_patterns(".*", "runs", "exercises", "__pycache__", "*.egg-info")
-        shutil.copytree(ROOT, copy, ignore=ignored)
-        for name, claim, old, new in chosen:
-            fate = killed(copy, name, claim, old, new)
-            dead += not fate
-            print(f"{claim:4} {'killed' if not fate else fate}: {old!r} -> {new!r}", flush=True)
+    with ThreadPoolExecutor(2) as pool:
+        for method in methods:
+            failed = tested(method, "__file__ = was", f"tests/test_{method}.py")
+            if failed:
+                sys.exit(f"{method}.py fails as it is: {failed}")
+        for killed, line in pool.map(verdict, *zip(*chosen, strict=True)):
+            dead += killed
+            print(line, flush=True)
         if options.generic is not None:
-            survivors(copy, options.generic)
+            survivors(options.generic, pool)
     print(f"{dead}/{len(chosen)}")
     sys.exit(dead != len(chosen))
 
