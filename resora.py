@@ -646,21 +646,22 @@ def find_layers(model: nn.Module, targets: str | Iterable[str], kinds) -> dict[s
     targets = [targets] if isinstance(targets, str) else list(targets)
     if not targets:
         raise ValueError("found no targets; want the name of a layer, or its end, at least once")
-    modules = model.named_modules(remove_duplicate=False)
-    weighted = {name: m for name, m in modules if name and hasattr(m, "weight")}  # no containers
+    modules = dict(model.named_modules(remove_duplicate=False))
+    containers = nn.Sequential, nn.ModuleList, nn.ModuleDict
+    layers = {name: m for name, m in modules.items() if name and not isinstance(m, containers)}
     found = {}
     for target in targets:
-        hits = [name for name in weighted if f".{name}".endswith(f".{target}")]
-        if target in weighted:
+        hits = [name for name in layers if f".{name}".endswith(f".{target}")]
+        if target in layers:
             hits = [target]
-        misfits = [name for name in hits if not isinstance(weighted[name], kinds)]
+        misfits = [name for name in hits if not isinstance(layers[name], kinds)]
         if misfits:
-            kind = type(weighted[misfits[0]]).__name__
+            kind = type(layers[misfits[0]]).__name__
             raise ValueError(f"{target!r} fits {few(misfits)}, a {kind}; want a layer to adapt")
         if not hits:
-            names = [name for name, m in weighted.items() if isinstance(m, kinds)]
+            names = [name for name, m in layers.items() if isinstance(m, kinds)]
             raise ValueError(f"no layer is named {target!r}; want names, no patterns: {few(names)}")
-        found |= {name: weighted[name] for name in hits}
+        found |= {name: layers[name] for name in hits}
     return found
 
 
@@ -670,7 +671,7 @@ def replace_layers(
     """Freeze `model` and put make(name, layer) in the place of each layer; {name: new layer}.
 
     All of them are made before the first is put in its place: an error leaves the model as it was.
-    A layer that has two names gets one new layer.
+    A layer that has two names gets one new layer, under both.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     made = {}  # layer: its new layer
@@ -679,13 +680,16 @@ def replace_layers(
             continue
         try:
             made[layer] = make(name, layer)
-        except (TypeError, ValueError) as error:
+        except Exception as error:
             for p in trainable:
-                p.requires_grad_(True)
-            raise type(error)(f"{name}: {error}") from None
+                p.requires_grad_(True)  # `make` freezes the layer that it takes
+            if isinstance(error, TypeError | ValueError):
+                raise type(error)(f"{name}: {error}") from None
+            raise
     model.requires_grad_(False)  # the new layers are not part of it yet
-    for name, layer in layers.items():
-        model.set_submodule(name, made[layer])
+    for name, layer in list(model.named_modules(remove_duplicate=False)):
+        if layer in made:
+            model.set_submodule(name, made[layer])
     return {name: made[layer] for name, layer in layers.items()}
 
 

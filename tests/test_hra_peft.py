@@ -170,3 +170,14 @@ def test_tensors_that_are_no_columns(tmp_path):
     safetensors.torch.save_file(tensors, tmp_path / "adapter_model.safetensors")
     exactly(hra.from_peft(tensors)["b"], shared.U.detach())
     assert not tensors["base_model.model.a.hra_u"].requires_grad
+
+
+@pytest.mark.parametrize("name", ["layers.0.fc.weight", "head.lora.down.weight", "fc.oft_R.weight"])
+def test_a_trunk_tensor_or_another_methods_factor_is_no_head(name):
+    with pytest.raises(ValueError, match=f"found an unknown key, '{name}'"):
+        hra.from_peft(
+            {
+                f"base_model.model.q.hra_u": torch.ones(1, 2),
+                f"base_model.model.{name}": torch.ones(2),
+            }
+        )
