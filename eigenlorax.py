@@ -1170,5 +1170,7 @@ def check_mergeable(layer: EigenLoRAxLinear) -> None:
         raise TypeError(
             f"the base is {type(base).__name__} with a forward of its own; want nn.Linear's"
         )
+    if base.weight.is_meta:
+        raise ValueError("base.weight is on the meta device (offloaded?); want its values, to merge")
     if not is_plain(base.weight):
         raise TypeError(f"the base weight is {base.weight.dtype}; want a float dtype, to add ΔW")

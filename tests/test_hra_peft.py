@@ -177,7 +177,7 @@ def test_a_trunk_tensor_or_another_methods_factor_is_no_head(name):
     with pytest.raises(ValueError, match=f"found an unknown key, '{name}'"):
         hra.from_peft(
             {
-                f"base_model.model.q.hra_u": torch.ones(1, 2),
+                "base_model.model.q.hra_u": torch.ones(1, 2),
                 f"base_model.model.{name}": torch.ones(2),
             }
         )
