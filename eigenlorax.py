@@ -2,25 +2,26 @@
 # EigenLoRAx (arXiv:2502.04700), written from the paper. One file, torch only: copy it.
 # Cite: P. Kaushik, A. Vaidya, S. Chaudhari, A. Yuille. EigenLoRAx. arXiv:2502.04700, 2025.
 # Version 2.0 (2026-11), tested with torch 2.11 to 2.14. Known faults of 1.0: training one task
-# moved all the others, as they shared a tensor; an update kept less than the share asked for. Known
-# of 2.0: before torch 2.13, compiled training of a mixed batch gives absent tasks 0, not None.
+# moved all the others, as they shared a tensor; an update kept less than the share asked for.
 r"""EigenLoRAx — recycle the LoRA adapters you have; train only coefficients in their subspace.
 
 A LoRA of one linear layer with d inputs and o outputs is a pair (B (o, r), A (r, d)): it adds
 ΔW = B A to the weight. Take the adapters that others trained for many tasks. Stack the rows of
 their A, and keep the K principal directions V_A of the stack; do the same with the columns of their
-B. A new task then needs no new directions, only how much of each:
+B. The paper's hypothesis is that a new task needs no new directions, only how much of each:
 
     ΔW(task) = s · V_Bᵀ α_B α_Aᵀ V_A                          [Sec. 3.2, as read in departure 1]
 
-    subspaces = recycle(adapters, k=32)  # adapters: [{layer name: (B, A)}, …]
-    layers = adapt(model, subspaces, rank=4)
-    loss = task_loss(model(x))  # `adapt` froze everything but the α
+    subspaces = recycle(adapters, k=32)  # adapters: [{layer name: (B, A)}, …], see `lora_pairs`
+    layers = adapt(model, subspaces, rank=4)  # freezes everything but the α, a new head too
+    model.classifier.requires_grad_(True)  # if there is one
+    loss = task_loss(model(x))  # and so on
     merge(model)  # after training: plain Linears again
 
 The recycled adapters have m rows of A, the sum of their ranks. K is the number of directions, which
-may differ for A and for B. r is the rank of the new LoRA. (The paper's App. A.2 calls r the number
-of columns of α; for r ≤ K that is the same thing.)
+may differ for A and for B; an argument k is a rule, from which `choose_k` makes K. r is the rank of
+the new LoRA. (The paper's App. A.2 calls r the number of columns of α, "not the rank"; the rank of
+α_B α_Aᵀ is r at most.)
 
 Symbols (rows, columns). torch's weight is (out, in), here (o, d).
   paper | here              | shape  | meaning
@@ -33,13 +34,14 @@ Symbols (rows, columns). torch's weight is (out, in), here (o, d).
   μ     | mean              | (n,)   | mean of the rows where they are centred, else zero
   σ     | singular_values   | (K,)   | of the rows, descending
   s     | scaling           | number | LoRA's lora_alpha / r, absent in the paper; it is no α
-  P     | pseudo            | number | random directions that `recycle` appends to V
+  P     | pseudo            | number | random directions that are appended to V
 
 Where this file departs from the paper, and why:
   1. The paper prints h = W₀x + α_Bᵀ V_B α_Aᵀ V_A x. The shapes (r, K)(K, o)(r, K)(K, d) do not
      multiply. We read the B of the LoRA as V_Bᵀ α_B, which has B's shape (o, r).
-  2. Algorithm 1 stacks matrices side by side, which gives V another length than its K×n; we stack
-     rows. It divides the mean by n, the length of a row; we divide by the number of rows.
+  2. Algorithm 1 lays matrices (m, n) side by side, which gives directions of another length than
+     the n of its V (K, n); we stack rows. It divides the mean by n, the length of a row; we divide
+     by the number of rows.
   3. Algorithm 1 subtracts the mean row, and the forward has no term that adds it back. `recycle`
      does not subtract it: (−B, −A) is the same LoRA as (B, A), so a mean row has no meaning.
   4. The paper starts both α at random. We start α_B at zero, so that training starts at W₀.
@@ -47,9 +49,9 @@ Where this file departs from the paper, and why:
 
 How to read: 1 components (Algorithm 1), 2 many adapters, 3 the layer, 4 a whole model,
 5 PEFT's adapters, 6 numerics. A sentence that begins with "Claim" has a test of its number; the
-numbers are names. Of part 6, `matrix`, `checked` and `listed` return their argument or raise an
-error that says what is wrong with it, `naming` puts a layer's name before such an error, and
-`normal`, `energy_of`, `at_least_float32`, `full_precision` are what their names say.
+order of the numbers has no meaning. Of part 6, `matrix`, `checked` and `listed` return their
+argument or raise an error that says what is wrong with it; `naming` puts a layer's name before such
+an error, and `normal`, `energy_of`, `at_least_float32`, `full_precision` are what their names say.
 """
 
 import re
@@ -69,7 +71,9 @@ Rule = int | float | str | None  # how many components: see `choose_k`
 # Which K directions lose least of a stack X (m, n)? Write its singular value decomposition as
 # X = U Σ V. From here on the rows of V are the right singular vectors (most books write Vᵀ), and
 # V_K (K, n) is the first K of them. ‖·‖ is the Frobenius norm, ‖X‖² the sum of all squares: the
-# energy of X. X = Σᵢ σᵢ·uᵢvᵢ is a sum of orthogonal parts of energy σᵢ², so
+# energy of X. With uᵢ the columns of U and vᵢ the rows of V, X = Σᵢ σᵢ·uᵢvᵢ is a sum of matrices
+# that are orthogonal to each other as lists of numbers, each of energy σᵢ². As vᵢvⱼᵀ is 1 for i = j
+# and else 0, X V_KᵀV_K is the sum of the first K. What is lost is the rest,
 #     ‖X − X V_KᵀV_K‖² = σ²_{K+1} + σ²_{K+2} + …,
 # and no K directions lose less (Eckart and Young).
 #
@@ -123,8 +127,9 @@ def choose_k(
     ValueError for another rule, and where it asks for no component or for more than the numerical
     rank. (None may answer 0: a stack of zeros has no direction.)
 
-    Claim 11. K by a share is the least K that holds it; Gavish and Donoho's K is the planted rank
-    where a low rank stands well above white noise, and the cubic is within 0.02 of their ω.
+    Claim 11. K by a share is the least K up to the rank that holds it; Gavish and Donoho's K is the
+    planted rank where a low rank stands well above white noise, and the cubic is within 0.02 of
+    their ω.
 
     >>> choose_k(torch.tensor([3.0, 1.0, 0.0]), 0.9, (3, 8))  # 9 of 9 + 1 is a share of 0.9
     1
@@ -136,25 +141,26 @@ def choose_k(
     rank = int((sigma > max(shape) * torch.finfo(sigma.dtype).eps * sigma[:1]).sum())
     if rule is None:
         return rank
-    k = rule
     if rule == "gavish-donoho" and rank:
         threshold = noise_threshold(shape) * sigma.double().quantile(0.5)
-        k = min(rank, int((sigma > threshold).sum()))
-    if isinstance(rule, float) and 0 < rule <= 1 and rank:
+        K = min(rank, int((sigma > threshold).sum()))
+    elif isinstance(rule, float) and 0 < rule <= 1 and rank:
         held = sigma.double().square().cumsum(0)
         whole = held[-1] if energy is None else energy
-        k = min(rank, int((held < rule * whole).sum()) + 1)
-    if type(k) is not int or not 1 <= k <= rank:
-        raise ValueError(f"k = {rule!r} means {k!r}; want a rule or 1 to {rank}, numerical rank")
-    return k
+        K = min(rank, int((held < rule * whole).sum()) + 1)
+    else:
+        K = rule
+    if type(K) is not int or not 1 <= K <= rank:
+        raise ValueError(f"k = {rule!r} means {K!r}; want a rule or 1 to {rank}, numerical rank")
+    return K
 
 
 def noise_threshold(shape: tuple[int, int]) -> float:
     """ω(β): keep the σᵢ above ω times the median σ.                              [arXiv:1305.5870]
 
-    This cutoff has the least squared error, in the limit of large stacks, for a low rank in white
-    noise. The cubic in β, the quotient of the stack's sides, is that paper's fit of it. White noise
-    is a model: on real adapters the rule is a heuristic.
+    Of all cutoffs this one has the least squared error, in the limit of large stacks, for a low
+    rank in white noise. The cubic in β, the quotient of the stack's sides, is that paper's fit of
+    it. White noise is a model: on real adapters the rule is a heuristic.
     """
     β = min(shape) / max(shape)
     return 0.56 * β**3 - 0.95 * β**2 + 1.82 * β + 1.43
@@ -193,9 +199,9 @@ def by_gram(X: Tensor, k: Rule, free: tuple[int, int]) -> tuple[Tensor, Tensor]:
 def principal_components(rows: Tensor, k: Rule = None, center: bool = True) -> Components:
     """The principal components of rows (m, n), as many as `choose_k` says.          [Algorithm 1]
 
-    center=True, the default, is Algorithm 1 (as read in departure 2): V and μ, apart. Such a V does
-    not hold the rows themselves; if all components are kept, it does with one row more, the unit
-    vector along μ − μVᵀV (our remark). `recycle` does not centre.
+    center=True, the default, is Algorithm 1 (as read in departure 2): V and μ, apart. Then V spans
+    the rows less μ, and not the rows: for that it needs one row more, the unit vector along
+    μ − μVᵀV, which is our remark. `recycle` does not centre.
     The computation is in float64 on the CPU; the answer is at least float32, on the rows' device.
     Rows in half precision have their rounding as further directions: give a k. Raises ValueError
     for nan, inf, or a k that `choose_k` refuses.
@@ -253,13 +259,14 @@ def augment(V: Tensor, p: int, generator: torch.Generator | None = None) -> Tens
 # B. So one layer has two stacks: all rows of A (m, d) and all columns of B (m, o), m the sum of the
 # ranks. The size of a pair decides its weight in them: (cB, A/c) is the same LoRA as (B, A), yet it
 # counts c² times as much in the stack of B and 1/c² times as much in that of A. Adapters of one
-# recipe differ little in this. If yours do differ, balance each pair first, so that ‖A‖ = ‖B‖:
-#     c = (A.norm() / B.norm()).sqrt();  B, A = c * B, A / c
+# recipe differ little in this. If yours do differ, balance each pair that is not 0, so that
+# ‖A‖ = ‖B‖:    c = (A.norm() / B.norm()).sqrt();  B, A = c * B, A / c
+# Or divide each factor by its own norm, and all adapters count alike: V needs directions only.
 
 
 @dataclass(eq=False)
 class Subspace:
-    """What the adapters of one layer share."""
+    """What the adapters of one layer share: two Components, which are no factors of a LoRA."""
 
     A: Components  # A.V (K, d): the directions of the input that they read
     B: Components  # B.V (K, o): the directions of the output that they write
@@ -278,10 +285,10 @@ def recycle(
     is asked for one layer at a time. The stacks are not centred: other factors of the same ΔW, such
     as those of claim 8, have another mean. Raises ValueError for no adapter, shapes that do not
     fit, nan and inf, and for a k above the numerical rank; TypeError for what is no list of such
-    mappings. An adapter much smaller than the others may lie below that rank: balance it, as above.
+    mappings. An adapter much smaller than the others may lie below that rank: see above.
 
     Claim 5. The error of a recycled adapter, ‖ΔW − V_BᵀV_B ΔW V_AᵀV_A‖, never grows with K, and is
-    zero at full numerical rank.
+    zero at the rank of the stacks (not the numerical rank, below which a tiny adapter may lie).
     Claim 8. Ranks may differ, and (BQ, QᵀA) with an orthogonal Q recycles to the same subspace.
 
     >>> B, A = torch.tensor([[1.0], [2.0], [2.0]]), torch.tensor([[3.0, 4.0]])
@@ -301,8 +308,9 @@ def recycle(
 
 def subspace_of(rows: Tensor, columns: Tensor, k: Rule) -> Subspace:
     """The components of all rows of A (m, d) and of all columns of B (m, o), not centred."""
-    A = principal_components(rows, k, center=False)
-    return Subspace(A, principal_components(columns, k, center=False))
+    read = principal_components(rows, k, center=False)
+    written = principal_components(columns, k, center=False)
+    return Subspace(A=read, B=written)
 
 
 def stacks(adapters: Iterable[Mapping[str, Pair]]) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -336,15 +344,15 @@ def stack(parts: list[Tensor]) -> Tensor:
 # adds: yᵀRy ≥ 0 for every y. Let V' and σ' be those of diag(σ)V with new rows Y below it. They hold
 # ‖X V'ᵀ‖² + ‖Y V'ᵀ‖² of all the rows, which is at least ‖diag(σ)V V'ᵀ‖² + ‖Y V'ᵀ‖² = Σσ'². So V'
 # misses at most energy − Σσ'². The next update adds another R, and the same follows again.
-#     A share can be kept for ever: where Σσ² was at least a share of the energy, new rows of energy
-# e add e to what can be held, and no more than e to what must be held. K grows for it.
+#     A share q can be kept for ever: if Σσ² ≥ q·energy, then with new rows of energy e all σ' hold
+# together Σσ² + e ≥ q·(energy + e). K grows for it where the new rows have new directions.
 
 
 def append(old: Components, rows: Tensor, k: Rule) -> Components:
     """The components of `old`'s stack, uncentred, with rows (m, n) below it; K by `choose_k`."""
     if rows.shape[1] != old.V.shape[1]:
         raise ValueError(f"rows {tuple(rows.shape)}; want (m, {old.V.shape[1]}), as before")
-    if old.mean.any() or k == "gavish-donoho":
+    if old.mean.any() or k == "gavish-donoho":  # its median needs the small σ, which were dropped
         raise ValueError("want uncentred components, and a k that is None, an int or a share")
     sigma = old.singular_values
     stands_for = sigma[:, None] * old.V[: len(sigma)]  # (K, n); pseudo-components are left out
@@ -361,11 +369,13 @@ def update(
     """What `recycle` gives for old and new adapters together, without the old ones.
 
     k is None, an int or a share. Layers that the new adapters lack stay as they are; new ones join.
-    The other layers lose their pseudo-components: call `augment` again. Raises what `recycle` does.
+    Layers that grow lose their pseudo-components: call `augment` again. Their V changes, and
+    trained α do not fit it: move a task by new_layer.set_task(task, *old_layer.pair(task)). Raises
+    what `recycle` raises.
 
     Claim 7. An update equals starting over while nothing was dropped. After any number of truncated
-    updates V misses at most energy − Σσ² of all the rows ever stacked, and where every step kept a
-    share k of the energy, Σσ² is at least that share.
+    updates V misses at most energy − Σσ² of all the rows ever stacked, and where every step asked
+    for a share k, Σσ² is at least k·energy.
     """
     grown = dict(subspaces)
     for name, rows, columns in stacks(adapters):
@@ -388,8 +398,9 @@ def update(
 # sample, that would take a B and an A per sample. There the samples share the two products with V,
 # and each has its own α between them: x → V_A x (K_A) → α_Aᵀ · (r) → α_B · (K_B) → V_Bᵀ · (o).
 #
-# Training starts at ΔW = 0, because α_B = 0. There the gradient of α_A is 0, but that of α_B is
-# s·V_B G V_Aᵀ α_A, with G (o, d) the gradient of ΔW. As α_A is random, it is not 0.
+# Training starts at ΔW = 0, because α_B = 0. Let G (o, d) be the loss's gradient with respect to
+# ΔW. That of α_A is s·V_A Gᵀ V_Bᵀ α_B, here 0; that of α_B is s·V_B G V_Aᵀ α_A. As α_A is random,
+# it is 0 only if V_B G V_Aᵀ is: if no step within the subspaces helps.
 
 
 class EigenLoRAxLinear(nn.Module):
@@ -403,14 +414,16 @@ class EigenLoRAxLinear(nn.Module):
     init      "zero": α_B = 0, ΔW = 0;  "random": both α random, as the paper starts
     task      (attribute) the active task: 0 at first; within `serving`, what that serves
 
-    α_A and α_B are one Parameter per task. An optimiser skips a Parameter without gradient, so that
-    neither weight decay nor momentum moves a task that is not in the batch. (All of torch's do but
-    LBFGS.) That needs gradients of None: call zero_grad(), not zero_grad(set_to_none=False). Raises
-    ValueError or TypeError for arguments that do not fit.
+    α_A and α_B are one Parameter per task. All of torch's optimisers but LBFGS skip a Parameter
+    whose gradient is None, so that neither weight decay nor momentum moves a task that is not in
+    the batch. Hence call zero_grad(), not zero_grad(set_to_none=False), which leaves zeros. (Before
+    torch 2.13 a compiled mixed batch leaves them, too.) Raises ValueError or TypeError for
+    arguments that do not fit.
 
-    Claim 9. ΔW(task) = s·V_Bᵀ α_B α_Aᵀ V_A, merging changes outputs only by rounding, and with
-    init="zero" a new task has ΔW = 0.
-    Claim 12. In a batch of mixed tasks each sample gets, to rounding, what it gets alone.
+    Claim 9. ΔW(task) = s·V_Bᵀ α_B α_Aᵀ V_A, merging changes outputs only by the rounding of W₀ + ΔW
+    to W₀'s dtype, and with init="zero" a new task has ΔW = 0.
+    Claim 12. In a batch of mixed tasks each sample gets from a layer, to rounding, what it gets
+    alone.
     Claim 13. While some tasks train, with weight decay and momentum, the others keep every bit.
 
     >>> B, A = torch.tensor([[1.0], [2.0], [2.0]]), torch.tensor([[3.0, 4.0]])  # as at `recycle`
@@ -469,7 +482,7 @@ class EigenLoRAxLinear(nn.Module):
         y = self.base(x)
         x = x.to(y.dtype)  # a base, or autocast, may answer in another dtype
         if task is None and self.gathered is not None and not torch.is_grad_enabled():
-            return self.delta_per_sample(x, *self.gathered).to(y.dtype).add_(y)
+            return self.delta_per_sample(x, *self.gathered).to(y.dtype).add_(y)  # add_: less memory
         task = task_ids(self.task if task is None else task, self.tasks)
         if isinstance(task, Tensor):
             return self.delta_per_sample(x, *self.gather(task)).to(y.dtype).add_(y)
@@ -477,29 +490,29 @@ class EigenLoRAxLinear(nn.Module):
         refuse_unset(x=x, A=A)
         return y + x @ A.T.to(x.dtype) @ B.T.to(x.dtype)
 
-    def gather(self, tasks: Tensor) -> Pair:
-        """α_A (batch, K_A, r) and s·α_B (batch, K_B, r) of one task per sample.
+    def gather(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """α_A (batch, K_A, r) and s·α_B (batch, K_B, r) of the tasks ids (batch,).
 
         With gradients, only the tasks present are read, so that an absent one gets None and not
         zeros, which would still let it decay and drift. (An exported program reads all.)
         """
         every = range(self.tasks)
-        if torch.is_grad_enabled() and not torch.compiler.is_exporting() and len(tasks):
-            alpha_A = torch.stack([self.alpha_A[task] for task in tasks.tolist()])
-            alpha_B = torch.stack([self.alpha_B[task] for task in tasks.tolist()])
+        if torch.is_grad_enabled() and not torch.compiler.is_exporting() and len(ids):
+            alpha_A = torch.stack([self.alpha_A[task] for task in ids.tolist()])
+            alpha_B = torch.stack([self.alpha_B[task] for task in ids.tolist()])
         else:
-            alpha_A = torch.stack([self.alpha_A[task] for task in every])[tasks]
-            alpha_B = torch.stack([self.alpha_B[task] for task in every])[tasks]
+            alpha_A = torch.stack([self.alpha_A[task] for task in every])[ids]
+            alpha_B = torch.stack([self.alpha_B[task] for task in every])[ids]
         return alpha_A, self.scaling * alpha_B
 
-    def delta_per_sample(self, x: Tensor, alpha_A: Tensor, alpha_B: Tensor) -> Tensor:
-        """ΔW(its task) x[i] (batch, …, o) for the samples i of x (batch, …, d), α from `gather`."""
+    def delta_per_sample(self, x: Tensor, alpha_A: Tensor, s_alpha_B: Tensor) -> Tensor:
+        """ΔW of its own task times x[i], for each x[i] of x (batch, …, d): (batch, …, o)."""
         if x.dim() < 2 or x.shape[0] != alpha_A.shape[0]:
             raise ValueError(f"{len(alpha_A)} tasks for x {tuple(x.shape)}; want one for each x[i]")
-        refuse_unset(x=x, V_A=self.V_A, V_B=self.V_B, alpha_A=alpha_A, alpha_B=alpha_B)
+        refuse_unset(x=x, V_A=self.V_A, V_B=self.V_B, alpha_A=alpha_A, alpha_B=s_alpha_B)
         codes = x @ self.V_A.T.to(x.dtype)
         codes = codes[:, None].flatten(1, -2)  # (batch, tokens, K_A), one token if x is (batch, d)
-        codes = codes @ alpha_A.to(x.dtype) @ alpha_B.mT.to(x.dtype)  # (batch, tokens, K_B)
+        codes = codes @ alpha_A.to(x.dtype) @ s_alpha_B.mT.to(x.dtype)  # (batch, tokens, K_B)
         return (codes @ self.V_B.to(x.dtype)).view(*x.shape[:-1], self.out_features)
 
     @torch.no_grad()
@@ -530,7 +543,7 @@ class EigenLoRAxLinear(nn.Module):
         old_B[:, :r] = alpha_B
 
     @torch.no_grad()
-    def nearest(self, B: Tensor, A: Tensor) -> Pair:
+    def nearest(self, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
         """The α_A (K_A, r) and α_B (K_B, r) of a pair, as `set_task` explains."""
         B, A = checked((B, A), (self.out_features, self.in_features), "")
         if len(A) > self.rank:
@@ -569,8 +582,8 @@ class EigenLoRAxLinear(nn.Module):
     def merge(self, task: int | None = None) -> nn.Linear:
         """A plain frozen nn.Linear with the weight W₀ + ΔW(task); task None: the active one.
 
-        W₀ + ΔW is rounded to W₀'s dtype; in bfloat16 a ΔW below 1/256 of W₀ is mostly lost. Raises
-        TypeError for a quantised base, and for one whose forward is not nn.Linear's.
+        W₀ + ΔW is rounded to W₀'s dtype; in bfloat16 an entry of ΔW below 1/256 of W₀'s is mostly
+        lost. Raises TypeError for a quantised base, and for one whose forward is not nn.Linear's.
         """
         check_mergeable(self)
         bias = self.base.bias
@@ -685,10 +698,11 @@ def adapt(
     The name of a subspace is the layer's whole name or the end of it ("0.query" finds
     "layer.0.query"), and must fit one layer. Raises ValueError, with the model as it was, if it
     does not, or if the shapes do not. What is returned means this model: after copy.deepcopy or
-    AveragedModel, gather the copy's layers anew.
+    AveragedModel, gather the EigenLoRAxLinear of the copy's named_modules() anew.
 
-    Claim 10. Only coefficients train: tasks·(K_A + K_B)·r numbers a Linear. With query and value
-    adapted, these are the paper's 96 (ViT, Appendix A.1.1) and 12K (RoBERTa, Table 2).
+    Claim 10. Only coefficients train: tasks·(K_A + K_B)·r numbers a Linear. With query and value of
+    12 blocks adapted, these are the paper's 24·(2 + 2)·1 = 96 (ViT, Appendix A.1.1) and
+    24·(32 + 32)·8 = 12,288 (RoBERTa, Table 2: 12K).
     """
     fits = layers_named(model, subspaces)
 
@@ -751,13 +765,19 @@ def serving(
 ) -> Iterator[None]:
     """Within the block every layer serves `task`: an int, or one for each sample of the batch.
 
-    The first axis of every adapted layer's input must be the sample. Where gradients are off when
-    the block begins, the coefficients are gathered once for all its forwards without gradients, and
-    a change of α within the block is not seen by these. (Under FSDP2, turn gradients off inside.)
-    With gradient checkpointing call backward() within the block, as it runs the forward again. If
-    the model is compiled, give one id per sample, as an int makes a graph for each task; a mixed
-    batch with gradients breaks the graph. One block at a time in a process. Raises ValueError if
-    `task` is none of the layers' tasks.
+        with torch.no_grad(), serving(layers, [0, 2, 1]):  # x[0] is of task 0, x[1] of task 2, …
+            y = model(x)
+
+    The first axis of every adapted layer's input must be the sample. One block at a time in a
+    process. Where gradients are off when the block begins, the coefficients are gathered once for
+    all its forwards without gradients, which then do not see a change of α within the block. Raises
+    ValueError if `task` is none of the layers' tasks.
+
+    With other tools:
+      checkpointing  call backward() within the block, as it runs the forward again
+      torch.compile  give one id per sample, as an int makes a graph for each task; a mixed batch
+                     with gradients breaks the graph
+      FSDP2          turn gradients off inside the block
     """
     before = {layer: (layer.task, layer.gathered) for layer in layers.values()}
     ids = task_ids(task, min(layer.tasks for layer in before))
@@ -812,10 +832,10 @@ def from_bank(model: nn.Module, bank: Mapping[str, Tensor]) -> dict[str, EigenLo
         """The Linear with its part of the bank."""
         V_A, V_B, alpha_A, alpha_B, scaling = (bank[f"{fits[name]}.{field}"] for field in FIELDS)
         tasks, rank = alpha_A.shape[0], alpha_A.shape[-1]
-        wanted = (tasks, len(V_A), rank), (tasks, len(V_B), rank)
-        if (alpha_A.shape, alpha_B.shape) != wanted:
+        shapes = (tasks, len(V_A), rank), (tasks, len(V_B), rank)
+        if (alpha_A.shape, alpha_B.shape) != shapes:
             found = f"α {tuple(alpha_A.shape)}, {tuple(alpha_B.shape)}"
-            raise ValueError(f"found {found} with V of {len(V_A)}, {len(V_B)} rows; want {wanted}")
+            raise ValueError(f"found {found} with V of {len(V_A)}, {len(V_B)} rows; want {shapes}")
         subspace = Subspace(directions(V_A), directions(V_B))
         layer = EigenLoRAxLinear(linear, subspace, rank, tasks, float(scaling))
         for task in range(tasks):
@@ -840,6 +860,7 @@ def directions(V: Tensor) -> Components:
 
 PREFIX = "base_model.model."
 HEADS = ("classifier", "pre_classifier", "classification_head", "score", "qa_outputs", "head", "fc")
+# Starts of names that no head has: of other methods' tensors, and to_q, to_k … of an attention.
 OTHER_METHODS = ("lora", "lokr", "hada", "oft", "boft", "hra", "ia3", "vera", "dora", "to_")
 PLAIN_STARTS = (None, False, True, "gaussian", "eva", "orthogonal", "mica")  # they leave W₀ alone
 REFUSED = {  # field of the config: why an adapter that has it is not just W₀ + BA
@@ -874,7 +895,7 @@ def lora_pairs(
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"state_dict is a {type(state_dict).__name__}; want {{name: tensor}}")
     check_config({} if config is None else config)
-    keys_A, keys_B, alphas = sorted_keys(state_dict)
+    keys_A, keys_B, alphas = keys_by_kind(state_dict)
     if alphas and config is not None:
         raise ValueError(f"{few(alphas)}: alpha is in the file and in the config; want it once")
     pairs = {}
@@ -884,18 +905,18 @@ def lora_pairs(
         if name in alphas:
             s = float(state_dict[alphas[name]]) / len(A)
         else:
-            s = scale(name, len(A), config)
+            s = peft_scale(name, len(A), config)
         sB = s * B.to(at_least_float32(B.dtype))
         pairs[name] = matrix(sB, f"{name!r}: s·B"), A.to(at_least_float32(A.dtype))
     return pairs
 
 
-def sorted_keys(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, str], ...]:
+def keys_by_kind(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, str], ...]:
     """Three {layer name: key}: of the A, of the B, and of the alphas. Raises for other keys."""
     found = {"A": {}, "B": {}}
     others, labels = [], set()
     for key in state_dict:
-        name, side, label = factor(key)
+        name, side, label = parse_key(key)
         labels.add(label)
         if side is None:
             others.append(key)
@@ -916,12 +937,12 @@ def sorted_keys(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, str], ...]:
             raise ValueError(f"{key!r} would be lost: it is {kinds}")
     if not A or A.keys() != B.keys():
         lone = sorted(A.keys() ^ B.keys())
-        found = few(lone or state_dict)
-        raise ValueError(f"found {found}; want lora_A.weight, lora_B.weight of each")
+        names = few(lone or state_dict)
+        raise ValueError(f"found {names}; want lora_A.weight, lora_B.weight of each")
     return A, B, alphas
 
 
-def factor(key: str) -> tuple[str, str | None, str | None]:
+def parse_key(key: str) -> tuple[str, str | None, str | None]:
     """("encoder.q", "A", "") of "base_model.model.encoder.q.lora_A.weight", else (key, None, None).
 
     PEFT may put the adapter's own name between, as in "q.lora_A.default.weight"; it comes third.
@@ -941,7 +962,7 @@ def of_a_head(key: str) -> bool:
     return parts[0] in HEADS and not foreign
 
 
-def scale(name: str, r: int, config: Mapping[str, object] | None) -> float:
+def peft_scale(name: str, r: int, config: Mapping[str, object] | None) -> float:
     """s of one layer; 1 without a config. 8 is PEFT's own default for lora_alpha."""
     if config is None:
         return 1.0
@@ -980,7 +1001,8 @@ def to_peft(
     """(state_dict, config) of one task, which PEFT loads as a LoRA; head {name: tensor} goes along.
 
     The task becomes pairs of factors, so that PEFT needs neither V nor α. s is in B already, and
-    lora_alpha = r makes PEFT's own scale 1.
+    lora_alpha = r makes PEFT's own scale 1. Save them as adapter_model.safetensors and
+    adapter_config.json.
     """
     state = {}
     for name, layer in layers.items():
@@ -1171,6 +1193,8 @@ def check_mergeable(layer: EigenLoRAxLinear) -> None:
             f"the base is {type(base).__name__} with a forward of its own; want nn.Linear's"
         )
     if base.weight.is_meta:
-        raise ValueError("base.weight is on the meta device (offloaded?); want its values, to merge")
+        raise ValueError(
+            "base.weight is on the meta device (offloaded?); want its values, to merge"
+        )
     if not is_plain(base.weight):
         raise TypeError(f"the base weight is {base.weight.dtype}; want a float dtype, to add ΔW")

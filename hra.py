@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 # HRA (arXiv:2405.17484v3), written from the paper. One file, torch only: copy it.
 # Cite: Yuan, Liu, Xu, "Bridging the gap between low-rank and orthogonal adaptation", NeurIPS 2024.
-# Version 2.0 (2026-11). Tested with torch 2.11 to 2.13. Known faults, by version: 1.x: nearly
+# Version 2.0 (2026-11). Tested with torch 2.11 to 2.14. Known faults, by version: 1.x: nearly
 # parallel columns at small d missed claim 1; convolutions of a subclass merged into other numbers.
 r"""HRA — Householder reflection adaptation.
 
@@ -12,11 +12,12 @@ direction in front of it:
 
 Hᵢ mirrors x in the hyperplane perpendicular to uᵢ. So H is orthogonal: it keeps every length and
 the angle between any two inputs. Training minimises task loss + λ·Σ penalty(U), the sum over the
-adapted layers. With `strict` the uᵢ are kept exactly orthonormal: the paper's λ = ∞.     [Eq. 6]
+adapted layers. With `strict`, H is made of the uᵢ orthonormalised: the paper's λ = ∞.    [Eq. 6]
 
-    layers = adapt(model, ["q_proj", "v_proj"], rank=8)
+    layers = adapt(model, ["q_proj", "v_proj"], rank=8)  # freezes the rest, a new head too
+    optimizer = torch.optim.AdamW([layer.U for layer in layers.values()], weight_decay=0)
     loss = task_loss(model(x)) + 1e-4 * sum(layer.penalty() for layer in layers.values())
-    loss.backward()  # and so on: only the directions are trained
+    loss.backward()  # and so on
     merge(model)  # after training: plain layers again
 
 Symbols (rows, columns). torch's weight is (out, in), here (o, d).
@@ -36,13 +37,16 @@ What differs from the authors' code: it multiplies r dense (d, d) matrices; it l
 the penalty unsquared; it orthonormalises equal columns, which is 0/0; and its LLaMA part mirrors
 the output of a layer, with an ε added to ‖u‖², so that its matrix is not quite orthogonal.
 
-What it costs. A layer trains d·r numbers (LoRA: (d + o)·r). For N rows it adds 4Ndr + 4dr² + 4r³
-flops to the 2Ndo of W, and keeps x and x U for the backward pass, as LoRA keeps x and x Aᵀ. Where
+What it costs. A layer trains d·r numbers (LoRA: (d + o)·r). For N rows of x its forward pass adds
+4Ndr + 4dr² + 5r³ flops to the 2Ndo of W (r³ for S⁻¹, 4r³ for the Newton step of part 2). It keeps x
+and x U for the backward pass, as LoRA keeps x and x Aᵀ. Where
 x needs no gradient, as in a first layer, LoRA's backward pass skips W. HRA's cannot: W stands
 between the loss and U.
 
 How to read: 1 the definition, 2 the compact form, 3 the regulariser, 4 the layer, 5 a whole model,
-6 convolutions and PEFT, 7 numerics (what guards against half precision and wrong arguments).
+6 convolutions and PEFT, 7 numerics (what guards against half precision and wrong arguments). A
+sentence that begins with "Claim" has a test of its number, in floats up to rounding; the order of
+the numbers has no meaning.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -79,7 +83,9 @@ def reflection(u: Tensor) -> Tensor:
 def chain(U: Tensor) -> Tensor:
     """H = H₁H₂…H_r (d, d) for U (d, r), mirror by mirror. Slow; the tests compare the rest to it.
 
-    >>> chain(torch.tensor([[1.0, 2.0], [1.0, 0.0]]))  # swap and negate, then negate the first
+    In H x the last column acts first.
+
+    >>> chain(torch.tensor([[1.0, 2.0], [1.0, 0.0]]))  # H₂ negates the first, H₁ swaps and negates
     tensor([[ 0., -1.],
             [ 1.,  0.]])
     """
@@ -96,6 +102,8 @@ def chain(U: Tensor) -> Tensor:
 # before. They collapse into two thin products, because
 #
 #     H₁…H_r = I + U Γ Uᵀ,    Γ = −S⁻¹,    S = UᵀU above its diagonal + half its diagonal.
+#
+# (S is triangular with ‖uᵢ‖²/2 ≠ 0 on its diagonal: S⁻¹ exists, for equal columns and r > d, too.)
 #
 # Proof by induction over the columns. One mirror: S = ‖u‖²/2, so Γ = −2/‖u‖², which is Eq. 1.
 # Now let U, S and Γ be those of the first i−1 columns, so H₁…Hᵢ₋₁ = I + U Γ Uᵀ. Multiply by the
@@ -115,7 +123,8 @@ def gamma(U: Tensor) -> Tensor:
     Claim 3. gamma(U) is upper triangular, and is D⁻¹ M D⁻¹ where M is what the paper's recursion,
     Eq. 4 with c = 2, gives for the columns at length 1, and D the diagonal matrix of their lengths.
 
-    Its entries go with 1/(‖uᵢ‖·‖uⱼ‖): lengths beyond 1e±17 leave float32 and give inf or NaN.
+    Its entries go with 1/(‖uᵢ‖·‖uⱼ‖): in float32, lengths beyond about 1e±19 give inf or NaN.
+    (`factors`, below, divides the lengths out first.)
 
     >>> gamma(torch.tensor([[1.0, 2.0], [1.0, 0.0]]))
     tensor([[-1.0000,  1.0000],
@@ -145,7 +154,7 @@ def gamma(U: Tensor) -> Tensor:
 
 
 def sizes(U: Tensor) -> Tensor:
-    """(r,) √d times the largest |entry| of each column: finite, and no less than its length."""
+    """(r,) divisors: √d·max|entry| of each column, which is at least its length, but finite."""
     s = U.detach().abs().amax(0) * len(U) ** 0.5
     return s.clamp(max=torch.finfo(s.dtype).max)
 
@@ -192,9 +201,10 @@ def reflect(x: Tensor, U: Tensor) -> Tensor:
 # The penalty pushes the mirrors towards being perpendicular to each other, the more so the greater
 # λ is. Where they are, UᵀU is diagonal, S is half of it, and Γ = −2·diag(1/‖uᵢ‖²).
 #
-# In the limit λ = ∞ the columns are orthonormal, and are called Q here. Then Γ = −2·I, and H = I −
-# 2QQᵀ turns round the part of x in the span of Q. Its trace is d − 2·trace(QᵀQ) = d − 2r and that
-# of I is d, so it is never I: with λ = ∞ training cannot start from the pre-trained layer.
+# In the limit λ = ∞ the columns are orthogonal. As H ignores their lengths, let these be 1, and let
+# the columns be called Q. Then Γ = −2·I, and H = I − 2QQᵀ turns round the part of x in the span of
+# Q. Its trace is d − 2·trace(QᵀQ) = d − 2r and that of I is d, so it is never I: with λ = ∞
+# training cannot start from the pre-trained layer.
 
 
 def penalty(U: Tensor) -> Tensor:
@@ -215,7 +225,8 @@ def penalty(U: Tensor) -> Tensor:
 def orthonormal(U: Tensor) -> Tensor:
     """Q (d, r) by Gram–Schmidt, from left to right, for columns that are known to be independent.
 
-    QR computes the same columns up to their signs, which are those of R's diagonal.
+    Gram–Schmidt is the QR factorisation whose R has a positive diagonal. So turning the columns of
+    Q by the signs of R's diagonal gives it.
     """
     with full_precision(U) as U:
         Q, R = torch.linalg.qr(U / sizes(U))
@@ -245,12 +256,13 @@ def gram_schmidt(U: Tensor) -> Tensor:
 # the loss as a function of one pair. Moving both columns by the same δ leaves them equal and H = I:
 # f(u + δ, u + δ) = f(u, u), and so ∂f/∂u + ∂f/∂v = 0 at u = v. The two gradients are opposite. In
 # general neither is 0: move the first column alone, by a small δ perpendicular to u. To first order
-# H₁ becomes H₂ − (2/‖u‖²)·(δuᵀ + uδᵀ). With H₂H₂ = I, H₂u = −u and H₂δ = δ,
+# H₁, which was H₂, becomes H₂ − (2/‖u‖²)·(δuᵀ + uδᵀ). With H₂H₂ = I, uᵀH₂ = −uᵀ and δᵀH₂ = δᵀ,
 #
 #     H₁H₂ = I + (2/‖u‖²)·(δuᵀ − uδᵀ) + terms of order ‖δ‖²,
 #
-# a small rotation in the plane of u and δ. The penalty cannot part a pair: it stays the same when
-# two columns are exchanged, so equal columns get equal gradients.
+# a small rotation in the plane of u and δ. W turns with it, and a loss is seldom flat along every
+# such turn; where it is not, ∂f/∂u ≠ 0, and a step moves u and v apart. The penalty cannot part a
+# pair: it stays the same when two columns are exchanged, so equal columns get equal gradients.
 #
 # How long the columns are at the start. The authors' code calls kaiming_uniform_(a=√5) on a tensor
 # (d, k) of the k different columns. That takes k for the number of inputs, and draws uniformly
@@ -262,7 +274,7 @@ def gram_schmidt(U: Tensor) -> Tensor:
 # How far r mirrors can move W [App. A]. I − H = −U Γ Uᵀ is 0 on every x perpendicular to all uᵢ,
 # and all that it gives lies in the span of U. Let P be the projector on that span; its rank is at
 # most r. Then I − H = P(I − H). And ‖x − Hx‖ ≤ ‖x‖ + ‖Hx‖ = 2‖x‖, so ‖I − H‖₂ ≤ 2. Together, with
-# σ₁ ≥ σ₂ ≥ … the singular values of W, and as each row of W P grows by a factor of 2 at most,
+# σ₁ ≥ σ₂ ≥ … the singular values of W, 0 beyond min(o, d), and as I − H at most doubles each row,
 #
 #     ‖W − W H‖_F = ‖W P (I − H)‖_F ≤ 2·‖W P‖_F ≤ 2·√(σ₁² + … + σ_r²).
 #
@@ -509,8 +521,10 @@ def adapt(
     name or a layer that does not fit.
 
     Merge first if you then want to tie weights, resize embeddings, or save_pretrained the whole
-    model: from_pretrained would make the mirrors anew, at random. And if you copy the model, gather
-    the copy's layers from its named_modules(): what `adapt` returned still means the original's.
+    model: an adapted layer's tensors have other names ("q.base.weight", "q.U"), which
+    from_pretrained does not find, and it would start the layer at random. And if you copy the
+    model, gather the copy's layers from its named_modules(): what `adapt` returned still means the
+    original's.
     """
 
     def make(name: str, layer: nn.Module) -> HRALinear:
@@ -536,7 +550,7 @@ def merge(model: nn.Module) -> nn.Module:
             merged[layer] = layer.merge()
         except (TypeError, ValueError) as error:
             raise type(error)(f"{name}: {error}") from None
-    for name, layer in reversed(layers.items()):  # an adapter inside another one goes first
+    for name, layer in reversed(layers.items()):  # "q.base", an adapter inside "q", goes first
         if name:
             model.set_submodule(name, merged[layer])
     return merged.get(model, model)
@@ -604,6 +618,7 @@ class HRAConv2d(HRALinear):
 
 PREFIX = "base_model.model."  # of every name in an adapter that PEFT saved
 HEADS = ("classifier", "pre_classifier", "classification_head", "score", "qa_outputs", "head", "fc")
+# Starts of names that no head has: of other methods' tensors, and to_q, to_k … of an attention.
 OTHER_METHODS = ("lora", "lokr", "hada", "oft", "boft", "hra", "ia3", "vera", "dora", "to_")
 
 
@@ -617,8 +632,9 @@ def is_head(name: str) -> bool:
 def from_peft(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """{layer's name: U (d, r)} of the tensors of an HRA adapter that PEFT saved.
 
-        layers = adapt(model, list(Us), r, init="random", strict=config["apply_GS"])
-        for name, U in Us.items():
+        Us = from_peft(tensors)  # of adapter_model.safetensors; config of adapter_config.json
+        layers = adapt(model, list(Us), config["r"], init="random", strict=config["apply_GS"])
+        for name, U in Us.items():  # torch's own strict=False: the base's weights are not given
             layers[name].load_state_dict({"U": U}, strict=False)
 
     A head that was trained beside the adapter is left out: load it into the model yourself. Raises

@@ -7,24 +7,26 @@ r"""ReSoRA — train LoRA so that its rank-one components do not repeat each oth
 
 A LoRA of rank r adds ΔW = BA to a weight W. It is a sum of r components, ΔW = Σᵢ Bᵢ Aᵢᵀ: Bᵢ (o,) is
 column i of B, and Aᵢ (d,) is row i of A, both as vectors. In the formulas B includes LoRA's factor
-`scaling`. On inputs x (N, d), which are N tokens, component i reads the number xₙ·Aᵢ from each
-token. These numbers are its code sᵢ = x Aᵢ (N,), and it adds the feature map ΔHᵢ = sᵢ Bᵢᵀ (N, o) to
-the layer's output. ReSoRA adds to the loss how alike these maps are:
+`scaling`, alpha/r. On inputs x (N, d), which are N tokens, component i reads the number xₙ·Aᵢ from
+each token. These numbers are its code sᵢ = x Aᵢ (N,), and it adds the feature map ΔHᵢ = sᵢ Bᵢᵀ
+(N, o) to the layer's output. ReSoRA adds to the loss how alike these maps are:
 
     L = L_task + λ · mean over layers and over pairs i < j of R(ΔHᵢ, ΔHⱼ)
 
     layers = adapt(model, ["q_proj", "v_proj"], rank=8)  # or a model with PEFT's LoRA
     regularizer = ReSoRA(model)
     loss = task_loss(model(x)) + 0.1 * regularizer.penalty()  # in each step, after the forward
-    regularizer.remove(), merge(model)  # after training: plain Linears again
+    regularizer.remove()  # after training
+    merge(model)  # plain Linears again
 
 The paper has four kinds of R. Three facts about them, each shown below:
   - linear (the default) and nonlinear depend on the codes alone. They train A and give B no
-    gradient at all; euclidean and cosine train both.
-  - cosine and linear forbid no ΔW. The same ΔW has other factors for which they are 0, and these
-    are what `regauge` computes. They can only change the path of training. Nonlinear does forbid
+    gradient at all; euclidean and cosine train both, but do nothing while B = 0.
+  - cosine and linear forbid no ΔW. Every ΔW has factors for which cosine is 0 on all inputs, and
+    linear on one given set of them; `regauge` computes these. (On other inputs linear is then about
+    as small as chance lets it be.) What they change is the path of training. Nonlinear does forbid
     some ΔW.
-  - euclidean falls when components grow and cancel each other. Watch ‖Bᵢ‖ or use weight decay.
+  - euclidean falls when all components grow and cancel each other. Watch ‖Bᵢ‖ or use weight decay.
 
 What differs from the paper. We had only its abstract and two summaries, not its equations. In the
 docstrings [paper] marks what these say and [inferred] what is our reading. A correction belongs in
@@ -44,7 +46,7 @@ Symbols (rows, columns). torch's weight is (out, in), here (o, d).
 
 How to read: 1 the four metrics on feature maps, 2 the same in closed form, 3 many factors of one
 ΔW, 4 LoRA, 5 the regulariser, 6 a whole model, 7 numerics (guards that the formulas above it call).
-"Claim 5" is tested by test_R5_… in tests/test_resora.py.
+"Claim 5" is tested by test_R5_… in tests/test_resora.py, in the order of the numbers there.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -62,9 +64,9 @@ METRICS = get_args(Metric)  # the four names
 
 # ------------------------------------------------------- 1. four metrics, on the feature maps
 #
-# These are slow and literal, one pair at a time: G and H are two feature maps (N, o). The tests
-# compare part 2 with them. They are 0/0 where a component is null, which means that Bᵢ or its code
-# is 0; for linear and nonlinear, which centre the codes, a constant code is null as well.
+# These are slow and literal, one pair at a time: G and H are two feature maps (N, o), and ‖·‖ is
+# the Frobenius norm. The tests compare part 2 with them. They are 0/0 where a map is 0, as Bᵢ or
+# its code is 0, and in linear and nonlinear also where a code is constant. Part 2 answers there.
 
 
 def euclidean_maps(G: Tensor, H: Tensor, beta: float = 1.0) -> Tensor:
@@ -87,9 +89,10 @@ def linear_maps(G: Tensor, H: Tensor, center: bool = True) -> Tensor:
     """‖GᵀH‖² / (‖GᵀG‖·‖HᵀH‖), with the mean over the tokens subtracted from both maps.
 
     GᵀH (o, o) is then N times the covariance of G's features with H's. Another reading: ‖GᵀH‖² =
-    tr(HᵀG GᵀH) = tr(GGᵀ HHᵀ) = ⟨GGᵀ, HHᵀ⟩, so this is the cosine of the kernels GGᵀ and HHᵀ (N, N),
-    which hold the inner products of all pairs of tokens. It is known as CKA, centred kernel
-    alignment. center=False is for rows that are no sample of tokens, and subtracts nothing.
+    tr(HᵀG GᵀH) = tr(GGᵀ HHᵀ) = ⟨GGᵀ, HHᵀ⟩, and with H = G ‖GᵀG‖ = ‖GGᵀ‖. So this is the cosine of
+    the kernels GGᵀ and HHᵀ (N, N), which hold the inner products of all pairs of tokens. It is
+    known as CKA, centred kernel alignment. center=False subtracts nothing; part 5 uses it where the
+    rows are coordinates of A and no sample of tokens.
 
     [norm of the cross-covariance, normalised: paper; square, centring, these norms: inferred]
     """
@@ -123,7 +126,7 @@ def nonlinear_maps(G: Tensor, H: Tensor, sigma: float = 1.0) -> Tensor:
 
 
 def draw_tokens(S: Tensor, samples: int, generator: torch.Generator | int | None) -> Tensor:
-    """At most `samples` rows of S (N, r), all different: a kernel of all N may be too large.
+    """At most `samples` rows of S (N, r), without repetition: a kernel of all N may be too large.
 
     generator: torch's, or the seed of one; None is 0. The global generator is left alone.
     """
@@ -177,13 +180,16 @@ def redundancy_dense(
 # A feature map has rank one, so the inner product of two of them factors:
 #     ⟨ΔHᵢ, ΔHⱼ⟩ = tr(ΔHᵢᵀ ΔHⱼ) = tr(Bᵢ sᵢᵀsⱼ Bⱼᵀ) = (BᵢᵀBⱼ)·(sᵢᵀsⱼ) = (BᵀB)ᵢⱼ·(SᵀS)ᵢⱼ
 # The Gram matrices BᵀB and SᵀS (r, r) hold everything. Each function returns the matrix R (r, r) of
-# all pairs. No tensor is larger than S (N, r), but for the r kernels (N, N) of nonlinear.
+# all pairs. No tensor is larger than B, S or R, but for the r kernels (N, N) of nonlinear. All four
+# take B and S, also where B is unused.
 
-EPS = 1e-6  # a column whose root mean square is at most this is null: it repeats nothing
+EPS = (
+    1e-6  # a column whose root mean square is at most this is null: taken for 0, repeating nothing
+)
 
 
 def lengths(X: Tensor, least: float = EPS) -> Tensor:
-    """The lengths (r,) of the columns of X (n, r), with ∞ for null columns.
+    """The lengths (r,) of the columns of X (n, r), with ∞ for null ones: root mean square ≤ least.
 
     What is divided by ∞ is 0 and passes no gradient.
 
@@ -205,14 +211,13 @@ def cosines(X: Tensor, least: float = EPS) -> Tensor:
 def euclidean(B: Tensor, S: Tensor, beta: float = 1.0) -> Tensor:
     """d² from inner products: ‖ΔHᵢ − ΔHⱼ‖² = ⟨ΔHᵢ, ΔHᵢ⟩ + ⟨ΔHⱼ, ΔHⱼ⟩ − 2·⟨ΔHᵢ, ΔHⱼ⟩.
 
-    At B = 0 all maps are equal, so R = 1, and the gradient is 0.
-
-    Sum that line over the pairs i < j. Each ‖ΔHᵢ‖² occurs r − 1 times, and twice the mixed terms is
-    2·Σ_{i<j} ⟨ΔHᵢ, ΔHⱼ⟩ = ‖Σᵢ ΔHᵢ‖² − Σᵢ ‖ΔHᵢ‖². So this R falls when components grow, most of all
-    if their sum, the output, stays small.
+    At B = 0 all maps are equal, so R = 1, and the gradient is 0. All maps times c multiply every d²
+    by c², so R falls, unless all maps are equal. To see when the d² are large, sum that line over
+    the pairs i < j: each ‖ΔHᵢ‖² occurs r − 1 times, and 2·Σ_{i<j} ⟨ΔHᵢ, ΔHⱼ⟩ is
+    ‖Σᵢ ΔHᵢ‖² − Σᵢ ‖ΔHᵢ‖². So they are large for large maps whose sum, the output, is small.
 
     Claim 11. Σ_{i<j} ‖ΔHᵢ − ΔHⱼ‖² = r·Σᵢ ‖ΔHᵢ‖² − ‖Σᵢ ΔHᵢ‖², which quadruples when B doubles, and
-    euclidean falls.
+    euclidean falls unless all maps are equal.
     """
     inner = (B.T @ B) * (S.T @ S) / (len(B) * len(S))  # (r, r), of all pairs, mean over N·o
     squares = inner.diagonal()
@@ -253,8 +258,9 @@ def nonlinear(B: Tensor, S: Tensor, sigma: float = 1.0) -> Tensor:
     expm1 is exp − 1: centring removes the 1 anyway, and digits are kept where K is near 1.
     Independent normal codes have 0.074, 0.019, 0.0095, 0.0046 at 32, 128, 256, 512 tokens, not 0.
 
-    Claim 9. For s₂ = s₁² − 1 with s₁ normal and symmetric about 0, linear is 0, and nonlinear, on
-    64 tokens or more, is above 0.12, three times what independent codes have there.
+    Claim 9. Nonlinear sees what linear cannot. Let s₁ be normal numbers and their negatives, and s₂
+    = s₁² − 1. Their covariance, the mean of s₁³, is 0, and so is linear; nonlinear is above 0.12 on
+    64 tokens or more, three times what independent codes have on 64.
     """
     S = centered(S)
     z = len(S) ** 0.5 * (S / lengths(S)).T  # (r, N), standard deviation 1
@@ -277,17 +283,18 @@ def redundancy(
 ) -> Tensor:
     """Mean of R over the pairs i < j of components, for B (o, r) and codes S (N, r).
 
-    Options as for `redundancy_dense`. Half B and S are computed with in float32. A pair with a null
-    component counts as 0; in euclidean two null components are equal, which is 1. Raises
+    Options as for `redundancy_dense`. Half B and S are computed with in float32. A null component
+    repeats nothing: its pairs count as 0. For cosine it has Bᵢ = 0 or sᵢ = 0; for linear and
+    nonlinear a constant code, whatever Bᵢ. In euclidean two zero maps are equal, which is 1. Raises
     ValueError.
 
-    Claim 1. redundancy equals redundancy_dense in every metric: value, gradient of B and gradient
-    of S.
+    Claim 1. Where no component is null, redundancy equals redundancy_dense in every metric: value,
+    gradient of B and gradient of S.
 
     Claim 7. One component, r = 1, gives 0 in every metric, with gradient 0.
 
-    Claim 8. cosine, linear and nonlinear are in [0, 1], do not depend on the order, signs and
-    lengths of the components, and are 1 for equal ones.
+    Claim 8. cosine, linear and nonlinear are in [0, 1] to rounding. Where no component is null,
+    they do not depend on the order, signs and lengths of the components, and are 1 for equal ones.
 
     >>> B, S = torch.tensor([[1.0, 1], [0, 1]]), torch.tensor([[1.0, 0], [0, 1], [1, 1]])
     >>> redundancy(B, S, "euclidean")  # exp(−(2 + 4 − 2·1·1)/(3·2))
@@ -314,18 +321,19 @@ def redundancy(
 # --------------------------------------------------------------- 3. many factors of one ΔW
 #
 # For every invertible M (r, r), (BM⁻¹)(MA) = BA: the factors can change while ΔW, and so the whole
-# model, does not. Such a freedom is called a gauge. R changes with the gauge, so it is a property
-# of the factors and not of ΔW. `regauge` picks one where cosine is 0, and linear too:
+# model, does not. Choosing M is called choosing a gauge. R changes with it, so it is a property of
+# the factors and not of ΔW. `regauge` chooses one where cosine is 0, and linear too:
 #
-# QR gives B = QU, Q with orthonormal columns and U triangular. With C = UA then BA = QC. Put any
+# QR gives B = QU, Q (o, k) with orthonormal columns, U (k, r), k the smaller of o and r. With
+# C = UA then BA = QC. Put any
 # orthogonal V between the two, BA = (QV)(VᵀC), and call the new factors B' = QV and A' = VᵀC. The
 # columns of B' are orthonormal, so cosine is 0. The codes are x A'ᵀ = (x Cᵀ)V, and centred they are
 # TV with T = x Cᵀ centred. SVD gives T = PΣVᵀ, and with this V the codes are TV = PΣ: their columns
 # are orthogonal, which means that the codes are uncorrelated, and linear is 0.
 #
-# Nonlinear cannot be brought to 0 in this way. If x = (cos t, sin t) runs around a circle, the code
-# of every row of A is a wave a·cos(t − φ). Two waves are alike, however far their phases φ are
-# apart: least, with 0.071, a quarter turn apart, where they are uncorrelated.
+# Nonlinear cannot always be brought to 0, by any M. If x = (cos t, sin t) runs around a circle, the
+# code of every row of A is a wave a·cos(t − φ). Two waves are alike, however far their phases φ are
+# apart: least, with 0.071 (computed), a quarter turn apart, where they are uncorrelated.
 
 
 @torch.no_grad()
@@ -337,11 +345,15 @@ def regauge(B: Tensor, A: Tensor, x: Tensor | None = None) -> tuple[Tensor, Tens
     components are 0. If B = 0, both are returned unchanged: A' would be 0, and A is worth keeping.
     Use it as the control of an experiment with R. Raises ValueError.
 
-    Claim 5. B'A' = BA for every N and r; cosine is 0 for B' and A', and on the given x so is
-    linear.
+    Claim 5. B'A' = BA for every N and r, to rounding, and cosine is 0 for B' and A'. Where T has
+    full rank k, linear is 0 on the given x.
+
+    (Full rank takes more tokens than k and a ΔW of rank k. Else some codes on x are 0 but for
+    rounding, and linear may take the rounding for codes.)
 
     Claim 13. Nonlinear forbids some ΔW: for a ΔW of rank 2 and 16 or more inputs (cos t, sin t), in
-    equal steps around a circle, no factors B (o, 2) and A (2, 2) bring it below 0.07.
+    equal steps around a circle and all of them used, no factors B (o, 2) and A (2, 2) whose codes
+    are not null bring it below 0.07.
 
     >>> B, A = regauge(torch.tensor([[3.0, 3], [4, 4]]), torch.tensor([[1.0, 0], [0, 2]]))
     >>> (B @ A).round(decimals=4)
@@ -369,7 +381,7 @@ def regauge(B: Tensor, A: Tensor, x: Tensor | None = None) -> tuple[Tensor, Tens
 
 
 class LoRALinear(nn.Module):
-    """y = base(x) + scaling·B A x with `base` frozen, A random and B = 0 at first.
+    """y = base(x) + scaling·(x Aᵀ)Bᵀ with `base` frozen, A random and B = 0 at first.
 
     base       an nn.Linear, or a module with in_features, out_features, weight and bias; forward
                calls it and never opens it, so it may be quantised
@@ -503,37 +515,42 @@ class ReSoRA:
 
     metric        "linear", "euclidean", "cosine" or "nonlinear"; its options are `redundancy`'s
     level         "feature": codes of the inputs; "weight": codes S = Aᵀ of the inputs x = I, where
-                  linear is not centred, as these rows are no sample; needs no forward, sets no hook
+                  linear is not centred, as these rows are no sample (nonlinear is); needs no
+                  forward and sets no hook
     detach_input  the R of a layer has no gradient on the layers before it (False: it has, but not
                   through reentrant checkpointing)
 
-    The active adapters of a PEFT layer are one set of components. Attach before torch.compile, anew
-    after set_adapter, and anew to a copy (copy.deepcopy, AveragedModel): this object, like what
-    `adapt` returned, still means the original. nonlinear draws other tokens in each step, which it
-    cannot do if `penalty` is compiled with fullgraph=True.
-
     The latest forward is the last call of `model` itself, not of a part of it, that had gradients.
     What runs under no_grad before `penalty`, such as generate() or a reference pass, is not
-    recorded and erases nothing. A layer called twice in one forward has the tokens of both calls. A
-    layer that does not run, or gets no token, is left out of the mean, and so is one whose weight
-    is read without a call. Padding tokens count. No layer may change its input in place.
+    recorded and erases nothing. Codes are of the input before dropout. A layer called twice in one
+    forward has the tokens of both calls. A layer that does not run, or gets no token, is left out
+    of the mean, and so is one whose weight is read without a call. Padding tokens count. No layer
+    may change its input in place. Nonlinear draws other tokens in each step.
 
-    With transformers' Trainer, add the penalty in compute_loss only `if model.training`, divided by
-    self.current_gradient_accumulation_steps where Trainer normalises the loss by items in a batch.
-    With torch.func.functional_call, call `penalty` within the function that it runs: after it the
-    model has its own parameters again, and the gradient is 0 without a word. Each process of DDP
-    has its own R; with find_unused_parameters=True and level="weight" compute it within the wrapped
-    forward. FSDP2 needs reshard_after_forward=False.
+    With other tools:
+      PEFT             the active adapters of a layer are one set of components; attach anew after
+                       set_adapter
+      copies           a copy (copy.deepcopy, AveragedModel) needs a ReSoRA of its own: this one,
+                       like what `adapt` returned, means the original's layers
+      Trainer          add the penalty in compute_loss only `if model.training`, divided by
+                       self.current_gradient_accumulation_steps where Trainer normalises the loss by
+                       items in a batch
+      torch.compile    attach before it; with fullgraph=True nonlinear cannot draw other tokens
+      functional_call  (torch.func) call `penalty` within the function that it runs: after it the
+                       model has its own parameters again, and the gradient is 0 without a word
+      DDP              each process has its own R; with find_unused_parameters=True and
+                       level="weight" compute it within the wrapped forward
+      FSDP2            needs reshard_after_forward=False
 
     Claim 2. The weight level equals the feature level if xᵀx = c·I: for euclidean c = N/d, for
-    cosine any c > 0, for linear any c > 0 if the columns of x have mean 0, and for nonlinear if x
-    itself is c·I up to the order of its rows.
+    cosine any c > 0, for linear any c > 0 if the columns of x have mean 0, and for nonlinear, with
+    samples ≥ d, if x itself is c·I up to the order of its rows.
 
-    Claim 10. A penalty changes no bit of an output, of a merged weight and of the global random
-    state.
+    Claim 10. Attaching ReSoRA and computing a penalty changes no bit of an output, of a merged
+    weight and of the global random state.
 
-    Claim 12. linear and nonlinear train A alone, and B's gradient is None; euclidean and cosine
-    train both.
+    Claim 12. The penalty alone gives B the gradient None in linear and nonlinear, which train A
+    from the first step; in euclidean and cosine it trains both, and while B = 0 neither.
     """
 
     def __init__(
@@ -714,7 +731,8 @@ def adapt(
 def merge(model: nn.Module) -> nn.Module:
     """Replace each LoRALinear of `model` by its merged Linear, in place; return `model`.
 
-    All are merged before the first is replaced: an error leaves the model as it was.
+    All are merged before the first is replaced: an error leaves the model as it was. If `model` is
+    a LoRALinear itself, its merged Linear is returned.
     """
     modules = model.named_modules(remove_duplicate=False)
     layers = {name: m for name, m in modules if isinstance(m, LoRALinear)}
@@ -733,7 +751,8 @@ def merge(model: nn.Module) -> nn.Module:
 
 # -------------------------------------------------------------------------------- 7. numerics
 #
-# Nothing here belongs to the method. These are the guards that the parts above call in one line.
+# Nothing here belongs to the method. These are the guards that the parts above call in one line:
+# for half precision, for PEFT's variants, for a tensor without numbers, and for wrong arguments.
 
 # What one can compute with. Quantised weights are integers, or floats of 8 bits.
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

@@ -111,8 +111,8 @@ def test_E1_orthonormal_and_the_numerical_rank_is_the_limit(seed, m, n, r, cente
 @example(0, 20, 12, True, F32, 6)
 @settings(max_examples=100)
 def test_E2_singular_values_are_those_of_the_svd(seed, m, n, center, dtype, digits):
-    """The singular values are those of an SVD in float64, up to max(m, n)·ε·σ₁²/σᵢ with the ε
-    of float64, and up to their own rounding."""
+    """The singular values are those of an SVD in float64, up to max(m, n)·ε·σ₁²/σᵢ with the ε of
+    float64, and up to their own rounding."""
     sigma = 3 * torch.logspace(0, -digits, min(m, n), dtype=torch.float64)
     rows = planted(seeded(seed), m, n, sigma, dtype)
     wanted, _ = svd(rows, center)
@@ -160,8 +160,8 @@ def test_E4_projecting_both_factors_gives_the_best_core(seed, o, d, r, K):
 
 @given(SEEDS, RANKS, SIZE, SIZE)
 def test_E5_error_of_the_recycled_never_grows_and_ends_at_zero(seed, ranks, o, d):
-    """The error of a recycled adapter, ‖ΔW − V_BᵀV_B ΔW V_AᵀV_A‖, never grows with K, and is
-    zero at full numerical rank."""
+    """The error of a recycled adapter, ‖ΔW − V_BᵀV_B ΔW V_AᵀV_A‖, never grows with K, and is zero
+    at the rank of the stacks (not the numerical rank, below which a tiny adapter may lie)."""
     adapters = some_adapters(seeded(seed), ranks, o, d)
     limit = min(sum(ranks), o, d)
     errors = []
@@ -208,8 +208,8 @@ def test_E6_pseudo_components_are_orthonormal_to_rounding(seed, n, K, p, dtype):
 @settings(max_examples=40)
 def test_E7_update_is_starting_over(seed, ranks, o, d, singly, dtype, data):
     """An update equals starting over while nothing was dropped. After any number of truncated
-    updates V misses at most energy − Σσ² of all the rows ever stacked, and where every step kept a
-    share k of the energy, Σσ² is at least that share."""
+    updates V misses at most energy − Σσ² of all the rows ever stacked, and where every step
+    asked for a share k, Σσ² is at least k·energy."""
     adapters = some_adapters(seeded(seed), [*ranks, 2, 1], o, d, dtype)
     adapters = [{"q": (B + 1, A - 2)} for adapter in adapters for B, A in adapter.values()]
     first, later = adapters[:2], adapters[2:]
@@ -271,8 +271,8 @@ def test_E8_ranks_may_differ_and_rotations_change_nothing(seed, ranks, o, d):
 
 @given(SEEDS, st.integers(1, 5), st.integers(1, 3), st.sampled_from([(), (1,), (40,), (2, 3)]))
 def test_E9_delta_is_the_product_and_merge_is_forward(seed, K, rank, batch):
-    """ΔW(task) = s·V_Bᵀ α_B α_Aᵀ V_A, merging changes outputs only by rounding, and with
-    init="zero" a new task has ΔW = 0."""
+    """ΔW(task) = s·V_Bᵀ α_B α_Aᵀ V_A, merging changes outputs only by the rounding of W₀ + ΔW to
+    W₀'s dtype, and with init="zero" a new task has ΔW = 0."""
     generator = seeded(seed)
     module = layer(generator, tasks=3, rank=rank, K=K, scaling=0.5)
     x = normal(generator, *batch, 9)
@@ -308,8 +308,9 @@ def test_E9_delta_is_the_product_and_merge_is_forward(seed, K, rank, batch):
     ],
 )
 def test_E10_only_coefficients_train_and_there_are_so_many(layers, shapes, K, r, wanted, with_V):
-    """Only coefficients train: tasks·(K_A + K_B)·r numbers a Linear. With query and value
-    adapted, these are the paper's 96 (ViT, Appendix A.1.1) and 12K (RoBERTa, Table 2)."""
+    """Only coefficients train: tasks·(K_A + K_B)·r numbers a Linear. With query and value of 12
+    blocks adapted, these are the paper's 24·(2 + 2)·1 = 96 (ViT, Appendix A.1.1) and 24·(32 +
+    32)·8 = 12,288 (RoBERTa, Table 2: 12K)."""
     with torch.device("meta"):
         block = [nn.ModuleList(nn.Linear(d, o) for o, d in shapes) for _ in range(layers)]
         model = nn.ModuleList(block)
@@ -339,8 +340,9 @@ def omega(β):
 @given(SEEDS, st.integers(1, 3), st.integers(60, 90), st.integers(60, 160), st.booleans())
 @settings(max_examples=8)
 def test_E11_k_by_explained_variance_and_by_gavish_donoho(seed, r, m, n, center):
-    """K by a share is the least K that holds it; Gavish and Donoho's K is the planted rank
-    where a low rank stands well above white noise, and the cubic is within 0.02 of their ω."""
+    """K by a share is the least K up to the rank that holds it; Gavish and Donoho's K is the
+    planted rank where a low rank stands well above white noise, and the cubic is within 0.02 of
+    their ω."""
     generator = seeded(seed)
     noise = normal(generator, m, n)
     # signal at 3 times the edge √m + √n of the noise; ω·median lies between 1.02 and 1.6 edges
@@ -362,7 +364,7 @@ def test_E11_k_by_explained_variance_and_by_gavish_donoho(seed, r, m, n, center)
 
 @given(SEEDS, st.integers(1, 4), st.integers(1, 6), st.sampled_from([(), (1,), (5,), (2, 3)]))
 def test_E12_a_mixed_batch_gets_what_each_gets_alone(seed, tasks, batch, inner):
-    """In a batch of mixed tasks each sample gets, to rounding, what it gets alone."""
+    """In a batch of mixed tasks each sample gets from a layer, to rounding, what it gets alone."""
     generator = seeded(seed)
     module = layer(generator, tasks=tasks, rank=3, scaling=2.0)
     x = normal(generator, batch, *inner, 9)

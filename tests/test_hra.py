@@ -63,8 +63,8 @@ def layer(seed, d, o, r, dtype=F64, init="random", strict=False, U=None) -> HRAL
 @example(1024, 512, 6, F32, 1e-3)
 @example(1024, 1, 7, F32, 1.0)
 def test_H1_the_product_is_orthogonal(d, r, seed, dtype, noise):
-    """H is orthogonal, from chain(U) and as I + CᵀA: max|HᵀH − I| ≤ 10·d·eps for r ≤
-    min(d, 512) and ≤ 20·max(d, r)·eps for more mirrors, in float32 and in float64."""
+    """H is orthogonal, from chain(U) and as I + CᵀA: max|HᵀH − I| ≤ 10·d·eps for r ≤ min(d, 512)
+    and ≤ 20·max(d, r)·eps for more mirrors, in float32 and in float64."""
     few = r <= min(d, 512)
     bound = (10 * d if few else 20 * max(d, r)) * eps(dtype)
     for U in (spread(seed, d, r, dtype), parallel(seed, d, r, noise).to(dtype)):
@@ -89,9 +89,8 @@ def test_H2_reflect_is_the_chain(d, r, seed, dtype, batch):
 @given(D, R, SEEDS)
 @example(1, 1, 0)
 def test_H3_gamma_is_the_recursion(d, r, seed):
-    """gamma(U) is upper triangular, and is D⁻¹ M D⁻¹ where M is what the paper's recursion,
-    Eq. 4 with c = 2, gives for the columns at length 1, and D the diagonal matrix of their lengths.
-    """
+    """gamma(U) is upper triangular, and is D⁻¹ M D⁻¹ where M is what the paper's recursion, Eq. 4
+    with c = 2, gives for the columns at length 1, and D the diagonal matrix of their lengths."""
     U = spread(seed, d, r)
     lengths = U.norm(dim=0)
     unit = U / lengths
@@ -126,8 +125,8 @@ def test_H4_it_is_a_lora(d, o, r, seed):
 @example(1, 1, 0, F32)
 @example(768, 4, 0, F32)
 def test_H5_pairs_start_at_the_identity(d, half, seed, dtype):
-    """Equal pairs give H = I; there the gradients of a task's loss at the two columns of a
-    pair are opposite, and those of the penalty are equal."""
+    """Equal pairs give H = I; there the gradients of a task's loss at the two columns of a pair
+    are opposite, and those of the penalty are equal."""
     m, x = layer(seed, d, 5, 2 * half, dtype, "identity"), normal(seed + 2, 6, d, dtype=dtype)
     assert torch.equal(m.U[:, 0::2], m.U[:, 1::2])
     close(chain(m.U), eye(d, dtype), 20 * half * eps(dtype))
@@ -146,8 +145,8 @@ def test_H5_pairs_start_at_the_identity(d, half, seed, dtype):
 
 @given(D, st.integers(1, 9), R, SEEDS)
 def test_H6_angles_between_neurons_are_kept(d, o, r, seed):
-    """(W H)(W H)ᵀ = W Wᵀ: the lengths of the neurons, which are the rows of W, and the
-    angles between them are kept."""
+    """(W H)(W H)ᵀ = W Wᵀ: the lengths of the neurons, which are the rows of W, and the angles
+    between them are kept."""
     m = layer(seed, d, o, r, U=spread(seed, d, r))
     W = m.base.weight
     assert d == 1 or (m.weight - W).abs().max() > 1e-9  # it does turn
@@ -159,8 +158,7 @@ def test_H6_angles_between_neurons_are_kept(d, o, r, seed):
 @example(8, 8, 0)
 @example(1, 1, 0)
 def test_H7_the_penalty_vanishes_at_orthogonal_columns_only(d, r, seed):
-    """penalty(U) = 0 exactly where the columns are orthogonal, and there
-    Γ = −2·diag(1/‖uᵢ‖²)."""
+    """penalty(U) = 0 exactly where the columns are orthogonal, and there Γ = −2·diag(1/‖uᵢ‖²)."""
     r = min(d, r)
     lengths = spread(seed, d, r).norm(dim=0)
     U = torch.linalg.qr(normal(seed, d, r))[0] * lengths
@@ -216,8 +214,8 @@ def test_H8_strict_is_one_reflection_of_a_subspace(d, r, seed):
 @given(D, st.integers(1, 9), R, SEEDS)
 @example(9, 3, 7, 0)
 def test_H9_how_far_r_mirrors_reach(d, o, r, seed):
-    """For r ≤ d, ‖W − W H‖_F ≤ 2·√(σ₁² + … + σ_r²), with equality where U holds the first
-    r right singular vectors of W."""
+    """For r ≤ d, ‖W − W H‖_F ≤ 2·√(σ₁² + … + σ_r²), with equality where U holds the first r right
+    singular vectors of W."""
     r = min(d, r)
     m = layer(seed, d, o, r)
     W = m.base.weight
@@ -257,8 +255,8 @@ DECADES = {F64: 250, F32: 28, BF16: 28, F16: 3}
 @example(4096, 8, 0, BF16)
 @example(4096, 8, 0, F32)
 def test_H11_lengths_do_not_matter(d, r, seed, dtype):
-    """H, the outputs and the penalty do not depend on the lengths ‖uᵢ‖, and the gradient at
-    uᵢ goes with 1/‖uᵢ‖."""
+    """H, the outputs and the penalty do not depend on the lengths ‖uᵢ‖, and the gradient at uᵢ
+    goes with 1/‖uᵢ‖."""
     x, wide = normal(seed + 1, 4, d, dtype=dtype), torch.promote_types(dtype, F32)
     W, few = normal(seed + 2, 3, d, dtype=dtype) / d**0.5, 10 * (d + r) ** 0.5 * r
     for decades in (0, 3, DECADES[dtype]):
@@ -314,8 +312,8 @@ def test_H12_gradients_are_the_chains(d, r, seed):
 @given(D, R, SEEDS, WIDE, st.sampled_from([1.0, 1e-1, 1e-2, 1e-3]))
 @example(8, 8, 0, F32, 1e-2)
 def test_H13_the_rows_of_C(d, r, seed, dtype, noise):
-    """With aᵢ row i of A, row i of C is −(2/‖aᵢ‖²)·H₁…Hᵢ₋₁aᵢ, and its length is 2/‖aᵢ‖ to a
-    few eps, however parallel the columns are."""
+    """With aᵢ row i of A, row i of C is −(2/‖aᵢ‖²)·H₁…Hᵢ₋₁aᵢ, and its length is 2/‖aᵢ‖ to a few
+    eps, however parallel the columns are."""
     A, C = (X.double() for X in factors(parallel(seed, d, r, noise).to(dtype)))
     close(A.norm(dim=1) * C.norm(dim=1), torch.full((r,), 2.0), 10 * eps(dtype))
     before = eye(d)
