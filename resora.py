@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 # ReSoRA (arXiv:2507.20745), formulas inferred. One file, torch only: copy it.
 # Cite: "Regularizing Subspace Redundancy of Low-Rank Adaptation", ACM Multimedia 2025.
-# Version 2.0 (2026-11). Tested with torch 2.13 and 2.14. Known faults, by version: 1.x kept dropout
+# Version 2.0 (2026-11). Tested with torch 2.11 to 2.14. Known faults, by version: 1.x kept dropout
 # on in a model adapted in eval(), lost the step's inputs to generate(), and took KaSA for LoRA.
 r"""ReSoRA — train LoRA so that its rank-one components do not repeat each other.
 
