@@ -155,7 +155,7 @@ def test_E4_projecting_both_factors_gives_the_best_core(seed, o, d, r, K):
     core = module.scaling * module.alpha_B[0] @ module.alpha_A[0].T
     every = torch.kron(subspace.B.V.T.contiguous(), subspace.A.V.T.contiguous())  # of vec(M)
     best = torch.linalg.lstsq(every, (B @ A).reshape(-1, 1)).solution.view(core.shape)
-    close(core, best, 64 * o * d * EPS * (B @ A).norm())
+    close(core, best, 8 * o * d * EPS * (B @ A).norm())
 
 
 @given(SEEDS, RANKS, SIZE, SIZE)
@@ -175,7 +175,7 @@ def test_E5_error_of_the_recycled_never_grows_and_ends_at_zero(seed, ranks, o, d
             left.append((X - side.reconstruct(side.project(X))).norm() / X.norm())
         errors.append(torch.stack(left))
     errors = torch.stack(errors)  # (K, adapters + 2)
-    bound = 64 * (o + d + sum(ranks)) * EPS
+    bound = 16 * (o + d + sum(ranks)) * EPS
     close(errors[-1], torch.zeros_like(errors[-1]), bound)
     assert errors.isfinite().all()
     within(errors.diff(dim=0).clamp(min=0).max() if len(errors) > 1 else 0.0, bound)
@@ -264,7 +264,7 @@ def test_E8_ranks_may_differ_and_rotations_change_nothing(seed, ranks, o, d):
     sides = (found.A, wanted.A), (found.B, wanted.B)
     for (one, other), X in zip(sides, both_stacks(adapters), strict=True):
         sigma = other.singular_values
-        bound = 64 * sum(X.shape) * EPS
+        bound = 8 * sum(X.shape) * EPS
         close(one.singular_values, sigma, bound * sigma[0])
         close(projector(one.V), projector(other.V), bound * sigma[0] / sigma[-1])
 
@@ -279,7 +279,7 @@ def test_E9_delta_is_the_product_and_merge_is_forward(seed, K, rank, batch):
     for task in range(3):
         delta = 0.5 * module.V_B.T @ module.alpha_B[task] @ module.alpha_A[task].T @ module.V_A
         wanted = x @ (module.base.weight + delta).T + module.base.bias
-        bound = 256 * EPS * (1 + wanted.abs().max())
+        bound = 32 * EPS * (1 + wanted.abs().max())
         close(module(x, task), wanted, bound)
         B, A = module.pair(task)
         close(B @ A, delta, bound)
@@ -370,7 +370,7 @@ def test_E12_a_mixed_batch_gets_what_each_gets_alone(seed, tasks, batch, inner):
     x = normal(generator, batch, *inner, 9)
     ids = torch.randint(tasks, (batch,), generator=generator)
     alone = torch.cat([module(x[i : i + 1], task) for i, task in enumerate(ids.tolist())])
-    bound = 256 * EPS * (1 + alone.abs().max())
+    bound = 32 * EPS * (1 + alone.abs().max())
     close(module(x, ids), alone, bound)
     with torch.no_grad():
         close(module(x, ids), alone, bound)
