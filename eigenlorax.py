@@ -572,7 +572,9 @@ class EigenLoRAxLinear(nn.Module):
         """
         if isinstance(self.task, Tensor):  # there is no one W₀ + ΔW: products with this fail
             return self.base.weight.new_empty(0)
-        return self.weight_of() if is_plain(self.base.weight) else self.base.weight
+        W = self.base.weight
+        packed = W.shape != (self.out_features, self.in_features)  # as 4-bit weights are
+        return W if packed or not is_plain(W) else self.weight_of()
 
     @property
     def bias(self) -> Tensor | None:
@@ -959,7 +961,7 @@ def of_a_head(key: str) -> bool:
     """Whether a tensor is a head's own: not another method's, nor of a layer deep in the trunk."""
     parts = key.removeprefix(PREFIX).split(".")
     foreign = any(part.startswith(OTHER_METHODS) for part in parts)
-    return parts[0] in HEADS and not foreign
+    return parts[0] in HEADS and parts[-1] in ("weight", "bias") and not foreign
 
 
 def peft_scale(name: str, r: int, config: Mapping[str, object] | None) -> float:
@@ -1192,6 +1194,8 @@ def check_mergeable(layer: EigenLoRAxLinear) -> None:
         raise TypeError(
             f"the base is {type(base).__name__} with a forward of its own; want nn.Linear's"
         )
+    if base._forward_pre_hooks or base._forward_hooks:
+        raise TypeError("the base has a hook, as of weight_norm; want none: it would be lost")
     if base.weight.is_meta:
         raise ValueError(
             "base.weight is on the meta device (offloaded?); want its values, to merge"

@@ -345,7 +345,7 @@ class HRALinear(nn.Module):
     @staticmethod
     def width(base: nn.Module) -> int:
         """d, the number of inputs that W multiplies."""
-        if not hasattr(base, "in_features"):
+        if not (hasattr(base, "in_features") and hasattr(base, "weight")):
             raise TypeError(f"base: found {type(base).__name__}, want an nn.Linear")
         return base.in_features
 
@@ -383,8 +383,9 @@ class HRALinear(nn.Module):
         always, TransformerEncoderLayer in evaluation. Of a quantised base it is the base's own
         weight, since some models look at its dtype; `merge` refuses that.
         """
-        if self.base.weight.dtype not in FLOATS:
-            return self.base.weight
+        W = self.base.weight
+        if W.dtype not in FLOATS or W.numel() != self.out_features * len(self.U):
+            return W
         W = weight_of(self)
         with full_precision(self.normals(), W.dtype) as U:
             A, C = factors(U)
@@ -522,7 +523,9 @@ def adapt(
 
     Merge first if you then want to tie weights, resize embeddings, or save_pretrained the whole
     model: an adapted layer's tensors have other names ("q.base.weight", "q.U"), which
-    from_pretrained does not find, and it would start the layer at random. And if you copy the
+    from_pretrained does not find, and it would start the layer at random. A second `adapt` freezes
+    the layers of the first: call requires_grad_(True) on their U. With reentrant checkpointing call
+    the model's enable_input_require_grads(), else the penalty alone trains. And if you copy the
     model, gather the copy's layers from its named_modules(): what `adapt` returned still means the
     original's.
     """
@@ -575,7 +578,8 @@ class HRAConv2d(HRALinear):
     def width(base: nn.Module) -> int:
         """d = c·k·l."""
         kind = type(base)
-        if not isinstance(base, nn.Conv2d) or kind.forward is not nn.Conv2d.forward:
+        own = (kind.forward, kind._conv_forward) if isinstance(base, nn.Conv2d) else None
+        if own != (nn.Conv2d.forward, nn.Conv2d._conv_forward):
             raise TypeError(f"base: found {kind.__name__}, want nn.Conv2d and its forward")
         if not isinstance(base.weight, nn.Parameter) or base.weight.dtype not in FLOATS:
             found = f"{type(base.weight).__name__} of {base.weight.dtype}"
@@ -586,6 +590,9 @@ class HRAConv2d(HRALinear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         W = self.weight
+        if not isinstance(x, Tensor) or x.shape[-3:-2] != W.shape[1:2]:
+            found = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"x: found {found}, want (…, {W.shape[1]}, height, width)")
         if x.device != W.device:
             raise ValueError(f"x is on {x.device} and base.weight on {W.device}; want one device")
         return functional_call(self.base, {"weight": W}, (x, *args), kwargs)
@@ -626,7 +633,7 @@ def is_head(name: str) -> bool:
     """Whether a tensor is a head's own: not another method's, nor of a layer deep in the trunk."""
     parts = name.split(".")
     foreign = any(part.startswith(OTHER_METHODS) for part in parts)
-    return parts[0] in HEADS and not foreign
+    return parts[0] in HEADS and parts[-1] in ("weight", "bias") and not foreign
 
 
 def from_peft(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -780,6 +787,8 @@ def check_mergeable(layer: HRALinear, kind: type) -> None:
         raise ValueError("found U and base.weight on meta, without numbers; load them, then merge")
     if isinstance(base, HRALinear):  # an adapter inside this one is merged with it
         check_mergeable(base, kind)
+    elif base._forward_pre_hooks or base._forward_hooks:
+        raise TypeError("base: found a hook, as of weight_norm, want none: it would be lost")
     elif type(base).forward is not kind.forward:
         found = f"{type(base).__name__}, whose forward is not that of nn.{kind.__name__}"
         raise TypeError(f"base: found {found}; if it is an adapter, merge that one first")

@@ -373,7 +373,10 @@ def regauge(B: Tensor, A: Tensor, x: Tensor | None = None) -> tuple[Tensor, Tens
         T = torch.linalg.qr(T, mode="r").R  # at most (k, k), with the same TᵀT and so the same V
         V = torch.linalg.svd(T).Vh.T  # (k, k)
         null = B.shape[1] - V.shape[1]  # r − k
-        B, A = F.pad(Q @ V, (0, null)).to(B), F.pad(V.T @ C, (0, 0, 0, null)).to(A)
+        C = V.T @ C
+        rounding = C.norm(dim=1, keepdim=True) <= 8 * torch.finfo(dtype).eps * C.norm()
+        C = C.masked_fill(rounding, 0.0)  # a component that ΔW does not have
+        B, A = F.pad(Q @ V, (0, null)).to(B), F.pad(C, (0, 0, 0, null)).to(A)
     return B, A
 
 
@@ -418,7 +421,7 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """y (…, o) for x (…, d), in the dtype of base's y. Further arguments go to base."""
-        check_on_device(x, A=self.A, B=self.B)
+        check_input(x, self.in_features, A=self.A, B=self.B)
         y = self.base(x, *args, **kwargs)
         S = F.linear(self.dropout(x), self.A.to(x.dtype)).to(y.dtype)  # (…, r)
         return y + F.linear(self.scaling * S, self.B.to(y.dtype))
@@ -431,7 +434,7 @@ class LoRALinear(nn.Module):
     def weight(self) -> Tensor:
         """W + ΔW (o, d), differentiable, in W's dtype. Of a quantised base it is the base's own."""
         W = self.base.weight
-        if W.dtype not in FLOATS:
+        if W.dtype not in FLOATS or W.shape != (self.out_features, self.in_features) or W.is_meta:
             return W
         return plus_product(W, *self.pair())
 
@@ -482,6 +485,7 @@ class LoRALinear(nn.Module):
 def codes(inputs: list[Tensor], A: Tensor) -> Tensor:
     """S = x Aᵀ (N, r) for the inputs of all calls of a layer, each (N, d)."""
     x = torch.cat(inputs) if len(inputs) > 1 else inputs[0]
+    check_input(x, A.shape[1], A=A)
     with full_precision(x):
         return x @ A.T.to(x.dtype)
 
@@ -524,8 +528,9 @@ class ReSoRA:
     What runs under no_grad before `penalty`, such as generate() or a reference pass, is not
     recorded and erases nothing. Codes are of the input before dropout. A layer called twice in one
     forward has the tokens of both calls. A layer that does not run, or gets no token, is left out
-    of the mean, and so is one whose weight is read without a call. Padding tokens count. No layer
-    may change its input in place. Nonlinear draws other tokens in each step.
+    of the mean, and so is one whose weight is read without a call. Padding tokens count. Nothing
+    may change a layer's input in place before the penalty, as x += layer(x) does. Nonlinear draws
+    other tokens in each step.
 
     With other tools:
       PEFT             the active adapters of a layer are one set of components; attach anew after
@@ -584,7 +589,7 @@ class ReSoRA:
         for name, layer in self.layers.items():
             record = partial(self.record, name)
             self.hooks.append(layer.register_forward_pre_hook(record, with_kwargs=True))
-        self.hooks.append(model.register_forward_hook(self.end))
+        self.hooks.append(model.register_forward_hook(self.end, always_call=True))
 
     def begin(self, model: nn.Module, args: tuple) -> None:
         """Forget the last forward's inputs and record, if this forward has gradients."""
@@ -717,7 +722,7 @@ def adapt(
 
     options are those of LoRALinear. Raises ValueError or TypeError, with the model as it was.
     Merge before transformers' save_pretrained, tie_weights or resize_token_embeddings: they do not
-    know these layers.
+    know these layers. A second `adapt` freezes the layers of the first.
     """
     layers = find_layers(model, targets, nn.Linear)
 
@@ -785,7 +790,7 @@ def centered(S: Tensor) -> Tensor:
     mean = S.mean(0)
     C = S - mean
     rounding = 64 * torch.finfo(S.dtype).eps * mean.abs()
-    constant = C.detach().norm(dim=0) <= rounding * len(S) ** 0.5
+    constant = C.detach().abs().amax(0) <= rounding
     return C.masked_fill(constant, 0.0)
 
 
@@ -824,7 +829,7 @@ def check_gauge(B: Tensor, A: Tensor, x: Tensor | None) -> None:
 
 def check_layer(base: nn.Module, rank: int, alpha: float | None, dropout: float) -> None:
     """Raise TypeError if base cannot be wrapped, ValueError for a number that is out of range."""
-    if not (getattr(base, "in_features", 0) and base.out_features):
+    if not (getattr(base, "in_features", 0) and base.out_features and hasattr(base, "weight")):
         raise TypeError(f"base: found {type(base).__name__}, want an nn.Linear, not empty")
     if type(rank) is not int or rank < 1:
         raise ValueError(f"rank: found {rank!r}, want an integer ≥ 1")
@@ -832,8 +837,14 @@ def check_layer(base: nn.Module, rank: int, alpha: float | None, dropout: float)
         raise ValueError(f"found {alpha=}, {dropout=}, want a number, 0 to 1")
 
 
-def check_on_device(x: Tensor, **factors: Tensor) -> None:
-    """Raise ValueError if x is real and a factor on meta: torch would multiply unset memory."""
+def check_input(x: Tensor, d: int, **factors: Tensor) -> None:
+    """Raise ValueError unless x is (…, d) and no factor is on meta if x is not.
+
+    torch would multiply by unset memory.
+    """
+    if not isinstance(x, Tensor) or x.shape[-1:] != (d,):
+        found = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"x: found {found}, want (…, {d})")
     for name, factor in factors.items():
         if factor.is_meta and not x.is_meta:
             raise ValueError(f"{name}: found it on the meta device, without numbers; want it real")
@@ -846,6 +857,8 @@ def check_mergeable(base: nn.Module, **factors: Tensor) -> None:
     if type(base).forward is not nn.Linear.forward:
         kind = type(base).__name__
         raise TypeError(f"base: found a {kind}, want nn.Linear's forward; merge or unwrap it first")
+    if base._forward_pre_hooks or base._forward_hooks:
+        raise TypeError("base: found a hook, as of weight_norm, want none: it would be lost")
     for name, tensor in {"base.weight": base.weight, **factors}.items():
         if tensor.is_meta:
             raise ValueError(f"{name}: found it on the meta device, without numbers; want it real")
@@ -861,6 +874,8 @@ def check_peft(name: str, layer: nn.Module) -> None:
         found.append("a merged adapter")
     if not all(isinstance(A, nn.Linear) for A in layer.lora_A.values()):
         found.append(f"a {type(layer).__name__} that is no Linear")
+    if isinstance(layer.get_base_layer(), nn.MultiheadAttention):  # reads query, key and value
+        found.append("an nn.MultiheadAttention")
     if hasattr(layer, "parameter_name"):  # an adapter of a bare parameter
         found.append(f"target_parameters {layer.parameter_name}")
     if not any(adapter in layer.lora_A for adapter in layer.active_adapters):

@@ -310,3 +310,16 @@ def test_a_long_list_of_names_is_cut():
 def test_an_untrained_layer_recycles_to_no_direction():
     found = recycle([{"q": PAIR, "v": ZERO}])
     assert found["v"].B.V.shape == (0, 4) and found["q"].B.V.shape == (1, 4)
+
+
+def test_a_base_with_a_hook_serves_and_does_not_merge():
+    module = layer(seeded(0))
+    module.base.register_forward_hook(lambda module, args, y: 2 * y)
+    with pytest.raises(TypeError, match="the base has a hook"):
+        module.merge()
+
+
+def test_a_packed_weight_is_read_as_it_is():
+    module = layer(seeded(0))
+    module.base.weight = nn.Parameter(torch.zeros(30, 1), requires_grad=False)
+    assert module.weight is module.base.weight

@@ -123,6 +123,7 @@ ODD_KEYS = [
     "k.alpha",
     "k.lora_embedding_A",
     "h.0.mlp.fc.lokr_w1",
+    "classifier.road_theta",
     "fc.oft_R.weight",
     "classifier.lokr_w1",
     "head.lora.down.weight",

@@ -233,11 +233,16 @@ def test_a_subclass_with_torchs_forward_is_merged():
 
 
 def test_weights_that_are_computed_from_others():
-    """A Linear's is merged as it is. A convolution would compute it again, without H: refused."""
+    """A Linear's is merged as it is, unless a hook computes it, which may be late. A convolution
+    would compute it again, without H: refused."""
     for norm in (weight_norm, parametrizations.weight_norm):
         m = HRALinear(norm(nn.Linear(6, 5, dtype=F64)), 3, "random")
         x = normal(0, 3, 6)
-        close(m.merge()(x), m(x), 100 * EPS)
+        if norm is weight_norm:
+            with pytest.raises(TypeError, match="found a hook"):
+                m.merge()
+        else:
+            close(m.merge()(x), m(x), 100 * EPS)
         with pytest.raises(TypeError, match="found a Tensor of torch.float32, want a Parameter"):
             HRAConv2d(norm(nn.Conv2d(3, 4, 3)))
 
@@ -367,3 +372,43 @@ def test_loading_into_fsdp2(one_process, strict):
     close(other(x), wanted, 100 * EPS)
     other.load_state_dict(sharded)  # DTensors
     assert (other(x) - wanted).abs().max() > 1e-3
+
+
+def test_a_base_with_a_hook_serves_and_does_not_merge():
+    layer = HRALinear(nn.Linear(4, 3), 2)
+    layer.base.register_forward_hook(lambda module, args, y: 2 * y)
+    x = normal(0, 5, 4, dtype=F32)
+    close(layer(x), layer.base(x), 1e-5)  # it starts at the identity; float32, of order 1
+    with pytest.raises(TypeError, match="found a hook"):
+        layer.merge()
+
+
+def test_a_convolution_with_a_step_of_its_own_is_refused():
+    class Doubling(nn.Conv2d):
+        def _conv_forward(self, x, weight, bias):
+            return super()._conv_forward(x, 2 * weight, bias)
+
+    with pytest.raises(TypeError, match="found Doubling, want nn.Conv2d and its forward"):
+        hra.HRAConv2d(Doubling(3, 4, 3), 2)
+
+
+def test_an_image_of_another_kind_is_refused_by_a_sentence():
+    layer = hra.HRAConv2d(nn.Conv2d(3, 4, 3), 2)
+    for x, found in ((torch.ones(1, 4, 5, 5), r"\(1, 4, 5, 5\)"), ([1.0], "list")):
+        with pytest.raises(ValueError, match=f"x: found {found}, want \\(…, 3, height, width"):
+            layer(x)
+
+
+def test_a_packed_weight_is_read_as_it_is():
+    base = nn.Linear(4, 3)
+    layer = HRALinear(base, 2)
+    base.weight = nn.Parameter(torch.zeros(6, 1), requires_grad=False)  # two numbers in one
+    assert layer.weight is base.weight
+
+
+def test_a_base_without_a_weight_is_refused():
+    class Packed(nn.Module):
+        in_features, out_features, bias = 4, 3, None
+
+    with pytest.raises(TypeError, match="base: found Packed, want an nn.Linear"):
+        HRALinear(Packed(), 2)

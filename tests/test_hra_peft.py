@@ -172,7 +172,7 @@ def test_tensors_that_are_no_columns(tmp_path):
     assert not tensors["base_model.model.a.hra_u"].requires_grad
 
 
-@pytest.mark.parametrize("name", ["layers.0.fc.weight", "head.lora.down.weight", "fc.oft_R.weight"])
+@pytest.mark.parametrize("name", ["layers.0.fc.weight", "head.lora.down.weight", "fc.road_theta"])
 def test_a_trunk_tensor_or_another_methods_factor_is_no_head(name):
     with pytest.raises(ValueError, match=f"found an unknown key, '{name}'"):
         hra.from_peft(

@@ -290,3 +290,71 @@ def test_one_token_and_r_equal_to_one_give_zero_with_gradients():
     with ReSoRA(other) as regularizer:
         other(torch.randn(8))  # one token: constant codes
         exactly(regularizer.penalty().detach(), torch.tensor(0.0))
+
+
+def test_a_base_with_a_hook_serves_and_does_not_merge():
+    layer = LoRALinear(nn.Linear(4, 3), 2)
+    layer.base.register_forward_hook(lambda module, args, y: 2 * y)
+    with pytest.raises(TypeError, match="found a hook"):
+        layer.merge()
+
+
+def test_a_factor_that_was_offloaded_is_named_by_the_penalty():
+    model = nn.Sequential(nn.Linear(4, 3))
+    layers = adapt(model, ["0"], 2)
+    regularizer = ReSoRA(model)
+    model(torch.ones(5, 4))
+    layers["0"].A = nn.Parameter(torch.empty(2, 4, device="meta"))
+    with pytest.raises(ValueError, match="A: found it on the meta device"):
+        regularizer.penalty()
+
+
+@pytest.mark.parametrize("x, found", [(torch.ones(1, 5), r"\(1, 5\)"), ([1.0], "list")])
+def test_an_input_of_another_kind_is_refused_by_a_sentence(x, found):
+    with pytest.raises(ValueError, match=rf"x: found {found}, want \(…, 4\)"):
+        LoRALinear(nn.Linear(4, 3), 2)(x)
+
+
+def test_a_packed_weight_is_read_as_it_is():
+    base = nn.Linear(4, 3)
+    layer = LoRALinear(base, 2)
+    base.weight = nn.Parameter(torch.zeros(6, 1), requires_grad=False)  # two numbers in one
+    assert layer.weight is base.weight
+
+
+def test_a_base_without_a_weight_is_refused():
+    class Packed(nn.Module):
+        in_features, out_features, bias = 4, 3, None
+
+    with pytest.raises(TypeError, match="base: found Packed, want an nn.Linear"):
+        LoRALinear(Packed(), 2)
+
+
+def test_a_code_that_is_nearly_constant_is_a_code():
+    S = torch.ones(1000, 2)
+    S[0] = 1.0002
+    close(redundancy(torch.ones(3, 2), S), 1.0, 1e-5)  # float32
+
+
+@pytest.mark.parametrize("size", [1.0, 10.0, 100.0])
+def test_a_component_that_a_delta_lacks_is_0_after_regauging(size):
+    B, A, x = normal(1, 4, 2, dtype=F32), normal(2, 2, 4, dtype=F32), normal(3, 20, 4, dtype=F32)
+    A[1] = A[0]  # ΔW has rank 1
+    B_new, A_new = regauge(B, A, size * x)
+    assert not A_new[1].any()
+    close(B_new @ A_new, B @ A, 1e-5)  # float32, of order 1
+    close(redundancy(B_new, size * x @ A_new.T), 0.0, 1e-5)
+
+
+def test_a_forward_that_raised_records_no_more():
+    class Stumbling(nn.Sequential):
+        def forward(self, x):
+            super().forward(x)
+            raise RuntimeError("stop")
+
+    model = Stumbling(nn.Linear(4, 3))
+    adapt(model, ["0"], 2)
+    regularizer = ReSoRA(model)
+    with pytest.raises(RuntimeError, match="stop"):
+        model(torch.ones(5, 4))
+    assert not regularizer.recording
