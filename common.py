@@ -340,7 +340,7 @@ class Method:
 
     name: str
     adapt: Callable
-    rate: float  # learning rate, where a preset has none for a row of this name
+    rate: float  # learning rate, where a preset has none for a row whose name begins like this
     colour: str  # the same in every figure; the first nine are Okabe and Ito's
     options: dict = field(default_factory=dict)
     recycles: bool = False  # whether adapt wants `adapters`: LoRA's, of the other tasks
@@ -394,6 +394,7 @@ def reflections(model: nn.Module, targets: list[str], rank: int, lam=0.0, strict
     modules = hra.adapt(model, targets, rank, strict=strict, init=init)
 
     def penalty(progress: float) -> Tensor:
+        """λ times the sum over layers."""
         return lam * sum(module.penalty() for module in modules.values())
 
     return model, penalty if lam else None
@@ -410,6 +411,7 @@ def regularised(model: nn.Module, targets: list[str], rank: int, lam=0.0, ramp=0
     regulariser = resora.ReSoRA(model, **options)
 
     def penalty(progress: float) -> Tensor:
+        """λ as it has grown, times R."""
         grown = min(1.0, progress / ramp) if ramp else 1.0
         return grown * lam * regulariser.penalty()
 
@@ -949,14 +951,20 @@ def fit(
     if spec["method"] == "hra":  # ‖I − ÛᵀÛ‖_F, mean over layers
         layers = layers_of(model, hra.HRALinear).values()
         result["orthogonality"] = statistics.fmean(x.penalty().sqrt().item() for x in layers)
-    if spec["method"] != "full":  # of which the whole model would have to be kept
-        with replacing(adapter_folder(folder, spec)) as temporary:
-            temporary.mkdir()
-            if spec["method"] == "lora":
-                model.save_pretrained(temporary)
-            state = {name: p.data.contiguous() for name, p in trained.items()}
-            save_file(state, temporary / "state.safetensors")
+    leave(spec, model, trained, folder)
     return model, result
+
+
+def leave(spec: dict, model: nn.Module, trained: Mapping[str, Tensor], folder: Path) -> None:
+    """Keep what other runs may build on: all that was trained, and LoRA as PEFT keeps it."""
+    if spec["method"] == "full":  # a whole model, on which no row builds
+        return
+    with replacing(adapter_folder(folder, spec)) as temporary:
+        temporary.mkdir()
+        if spec["method"] == "lora":
+            model.save_pretrained(temporary)
+        state = {name: p.data.contiguous() for name, p in trained.items()}
+        save_file(state, temporary / "state.safetensors")
 
 
 # The command line: tyro makes an option of every field, with the comment beside it as its help.
@@ -1062,15 +1070,21 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def rates_of(rows: list[dict], preset: Mapping, text: str) -> dict:
-    """{row: learning rate}: that of --lr, "ROW=RATE;…", else the preset's, else the method's.
+def rows_and_rates(config, rows: list[dict], adapters: dict, preset: Mapping) -> tuple:
+    """(rows, {row: learning rate}) of a table, or of --rows: a row for each method then.
 
-    Raises ValueError for what is no row, or no rate.
+    adapters: the row whose adapters are recycled; preset: the rates of rows, by name. Raises
+    ValueError for what is no row, or no rate, in --lr.
     """
+    if config.rows:
+        rows = [r for key in config.rows for r in method_rows(METHODS[key], key, config, adapters)]
+        rows = list({r["row"]: r for r in rows}.values())
     rates = dict(preset)
     for r in rows:
-        rates.setdefault(r.get("rate", r["row"]), METHODS[r["method"]].rate)
-    for item in filter(None, text.split(";")):
+        method = METHODS[r["method"]]
+        alike = [name for name in preset if name.startswith(method.name)]
+        rates.setdefault(r.get("rate", r["row"]), preset[alike[0]] if alike else method.rate)
+    for item in filter(None, config.lr.split(";")):
         name, _, rate = item.strip().rpartition("=")
         if name not in rates:
             raise ValueError(f"found row {name!r} in --lr; wanted one of {', '.join(rates)}")
@@ -1079,30 +1093,21 @@ def rates_of(rows: list[dict], preset: Mapping, text: str) -> dict:
             rates[name] = float(rate)
         if not 0 < rates[name] < math.inf:
             raise ValueError(f"found rate {rate!r} for {name} in --lr; wanted a number above 0")
-    return rates
+    return rows, rates
 
 
-def method_rows(config, adapters: dict, preset: Mapping) -> list[dict]:
-    """A row for each method of --rows, as its entry in METHODS says.
-
-    adapters: the row whose adapters are recycled, which is a row then too. A method has the rate of
-    the first of the preset's rows whose name begins with its own, if there is one.
-    """
-    rows = []
-    for key in config.rows:
-        method = METHODS[key]
-        options = dict(method.options)
-        if "components" in options:
-            options |= {"components": config.components, "rank": config.rank}
-        if "lam" in options and config.lam is not None:
-            options["lam"] = config.lam
-        if method.recycles:
-            options["recycle"] = adapters
-            rows.append(adapters)
-        alike = [name for name in preset if name.startswith(method.name)]
-        rate = {"rate": alike[0]} if alike else {}
-        rows.append(row(method.name, key, **options, **rate))
-    return list({r["row"]: r for r in rows}.values())
+def method_rows(method: Method, key: str, config, adapters: dict) -> list[dict]:
+    """The row of a method, after that of the adapters that it recycles, if it does."""
+    if key == adapters["method"]:
+        return [adapters]
+    options = dict(method.options)
+    if "components" in options:
+        options |= {"components": config.components, "rank": config.rank}
+    if "lam" in options and config.lam is not None:
+        options["lam"] = config.lam
+    if method.recycles:
+        return [adapters, row(method.name, key, **options, recycle=adapters)]
+    return [row(method.name, key, **options)]
 
 
 def results_of(config, name: str, script: str | Path, **about) -> Results:

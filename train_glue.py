@@ -204,40 +204,14 @@ class Config(common.Options):
 
 
 LENGTH = 64  # tokens of a text of the docstrings, at most
+CHOSEN = dict(weight_decay=0.01, epochs=3)
 PRESETS = {  # docs, and few (with --train): chosen here; paper: EigenLoRAx, Tables 10 and 11
-    "docs": {
-        "train": 800,
-        "evaluate": 400,
-        "length": LENGTH,
-        "seeds": 2,
-        "epochs": 3,
-        "batch_size": 16,
-        "components": 16,
-        "rank": 4,
-        "weight_decay": 0.01,
-    },
-    "few": {
-        "evaluate": 0,
-        "length": 64,
-        "seeds": 3,
-        "epochs": 3,
-        "batch_size": 4,
-        "components": 32,
-        "rank": 8,
-        "weight_decay": 0.01,
-    },
-    "paper": {
-        "train": 0,
-        "evaluate": 0,
-        "length": 512,
-        "seeds": 5,
-        "epochs": 0,  # each task's own
-        "batch_size": 64,
-        "components": 32,
-        "rank": 8,
-        "weight_decay": 0.1,
-    },
+    "docs": dict(seeds=2, batch_size=16, components=16, rank=4, train=800, evaluate=400, **CHOSEN),
+    "few": dict(seeds=3, batch_size=4, components=32, rank=8, evaluate=0, **CHOSEN),
+    "paper": dict(seeds=5, batch_size=64, components=32, rank=8, train=0, evaluate=0),
 }
+PRESETS["docs"]["length"] = PRESETS["few"]["length"] = LENGTH
+PRESETS["paper"] |= dict(length=512, weight_decay=0.1, epochs=0)  # 0: each task's own
 
 
 def by_task(*values: float) -> dict[str, float]:
@@ -333,11 +307,8 @@ def complete(config: Config) -> Config:
 
 def rows_and_rates(config: Config) -> tuple[list[dict], dict]:
     """The rows to compare, and every row's learning rate. Raises ValueError for unknown rows."""
-    rates = LEARNING_RATES[preset(config)]
     rows = TABLES[config.table](config)
-    if config.rows:
-        rows = common.method_rows(config, lora(config), rates)
-    return rows, common.rates_of(rows, rates, config.lr)
+    return common.rows_and_rates(config, rows, lora(config), LEARNING_RATES[preset(config)])
 
 
 def task_names(config: Config) -> list[str]:

@@ -66,6 +66,7 @@ def ablation_rows(config) -> list[dict]:
     """EigenLoRAx against K, r, the number of recycled adapters, noise in them, and its recipes."""
 
     def recycling(name: str, components: int = 16, rank: int = 4, **options) -> dict:
+        """A row at EigenLoRAx's rate."""
         options |= {"components": components, "rank": rank, "recycle": LORA}
         return row(name, "eigenlorax", rate="EigenLoRAx", **options)
 
@@ -173,28 +174,12 @@ class Config(common.Options):
     subsets: int = 5  # tasks that the classes are split into (not digits)
     classes: int = 20  # classes of a task (not digits)
     images: int = 0  # training images of a class, at most; 0: all (not digits)
-    image_size: int | None = None  # pixels, height and width (not digits)
+    image_size: int = 224  # pixels, height and width (not digits)
 
 
 PRESETS = {  # digits: chosen here, learning rates by --tune; paper: EigenLoRAx, Tables 5 and 6
-    "digits": {
-        "seeds": 3,
-        "epochs": 20,
-        "batch_size": 30,
-        "components": 16,
-        "rank": 4,
-        "weight_decay": 0.01,
-        "image_size": 8,
-    },
-    "paper": {
-        "seeds": 5,
-        "epochs": 10,
-        "batch_size": 128,
-        "components": 2,
-        "rank": 1,
-        "weight_decay": 0.1,
-        "image_size": 224,
-    },
+    "digits": dict(seeds=3, epochs=20, batch_size=30, components=16, rank=4, weight_decay=0.01),
+    "paper": dict(seeds=5, epochs=10, batch_size=128, components=2, rank=1, weight_decay=0.1),
 }
 NOT_IN_THE_PAPER = ("Random subspace", "PiSSA r=4", "OFT", "BOFT", "HRA r=8, λ=0", "HRA r=8, λ=∞")
 LEARNING_RATES = {  # rows that name no rate of their own have that of the row they vary
@@ -247,11 +232,8 @@ def complete(config: Config) -> Config:
 
 def rows_and_rates(config: Config) -> tuple[list[dict], dict[str, float]]:
     """The rows to compare, and every row's learning rate. Raises ValueError for unknown rows."""
-    rates = LEARNING_RATES[preset(config)]
     rows = TABLES[config.table][0](config)
-    if config.rows:
-        rows = common.method_rows(config, LORA, rates)
-    return rows, common.rates_of(rows, rates, config.lr)
+    return common.rows_and_rates(config, rows, LORA, LEARNING_RATES[preset(config)])
 
 
 # ---------------------------------------------------------------- tasks

@@ -6,7 +6,7 @@ import pickle
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -579,9 +579,12 @@ def test_a_method_of_ones_own_is_one_entry(monkeypatch, tmp_path):
     monkeypatch.setitem(common.METHODS, "ether", entry)
     config = train_vit.complete(train_vit.Config(rows=("lora", "ether", "eigenlorax"), jobs=1))
     rows, rates = train_vit.rows_and_rates(config)
-    assert [r["row"] for r in rows] == ["LoRA", "ETHER", "LoRA r=4", "EigenLoRAx"]
+    assert [r["row"] for r in rows] == ["LoRA r=4", "ETHER", "EigenLoRAx"]
     assert rates["ETHER"] == 1e-2
-    assert common.rates_of(rows, {"LoRA r=4": 1.0}, "ETHER=0.5")["ETHER"] == 0.5
+    hra_rates = train_vit.rows_and_rates(replace(config, rows=("hra",)))[1]
+    assert hra_rates["HRA"] == train_vit.LEARNING_RATES["digits"]["HRA r=8, λ=0"]
+    asked = train_vit.rows_and_rates(replace(config, lr="ETHER=0.5"))[1]
+    assert asked["ETHER"] == 0.5
     runs = []
     for spec in common.specify(rows, rates, ["a", "b"], [0]):
         result = {"trainable": 7, "losses": [1.0], "validation": 0.5, "test": 0.5}

@@ -20,7 +20,7 @@ import common
 import eigenlorax
 import train_glue
 from figures import glue_docs, glue_hra, glue_minilm, plots
-from tests.test_common import command
+from tests.test_common import TINY, command
 
 ROOT = Path(__file__).parents[1]
 REAL = os.environ.get("REFERENCE_DATA")
@@ -81,7 +81,8 @@ def test_presets_are_the_papers_unless_the_user_says_otherwise():
 
 def specs_of(base: train_glue.Config, *rows: dict, seeds=(0,), task: str = "") -> list[dict]:
     """The runs of some rows, of one task or of all."""
-    rates = common.rates_of(rows, train_glue.LEARNING_RATES[train_glue.preset(base)], "")
+    preset = train_glue.LEARNING_RATES[train_glue.preset(base)]
+    _, rates = common.rows_and_rates(base, rows, {}, preset)
     specs = common.specify(rows, rates, train_glue.task_names(base), seeds)
     return [spec for spec in specs if task in ("", spec["task"])]
 
@@ -96,6 +97,8 @@ def docs() -> list[train_glue.Doc]:
     for package in ("asyncio", "email", "http", "importlib", "unittest", "urllib", "logging"):
         inner = train_glue.docstrings(STDLIB / package)
         found += [doc._replace(module=f"{package}.{doc.module}") for doc in inner]
+    words = [len(s.split()) for doc in found for s in doc.sentences]
+    assert len(found) > 500 and len(words) > 1500 and min(words) >= 5 and 20 < max(words) <= 40
     return found
 
 
@@ -112,13 +115,6 @@ def test_docstrings_are_parsed_and_never_imported(tmp_path):
         ("package.a", "a", False, ["Close the file and forget about its name."]),
         ("z", "both", True, ["It has a second one."]),  # "The first of them." has four words
     ]
-
-
-def test_the_corpus_is_real_english_of_some_size(docs):
-    found = [s for doc in docs for s in doc.sentences]
-    assert len(docs) > 500 and len(found) > 1500  # of the seven packages; versions differ
-    lengths = [len(s.split()) for s in found]
-    assert min(lengths) >= 5 and 20 < max(lengths) <= 40
 
 
 def test_splits_share_no_module_and_no_sentence(docs):
@@ -327,17 +323,9 @@ def tiny(tmp_path_factory) -> Path:
     texts = 9 * [" ".join(WORDS), "train", "validation", *map(str, range(60))]
     tokenizer = train_glue.docs_tokenizer(texts, 24)
     transformers.set_seed(0)
-    transformers.RobertaModel(
-        transformers.RobertaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=24,
-            max_position_embeddings=26,
-        ),
-        add_pooling_layer=False,
-    ).save_pretrained(folder)
+    sizes = dict(TINY, vocab_size=len(tokenizer), max_position_embeddings=26)
+    model = transformers.RobertaModel(transformers.RobertaConfig(**sizes), add_pooling_layer=False)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -355,12 +343,11 @@ def texts_in(part: common.TextTask) -> list[str]:
 def test_the_reported_set_is_never_used_for_anything_else(glue, tiny, tmp_path):
     base = options(glue, tiny, tmp_path, length=24)
     tokenizer = common.load_tokenizer(str(tiny))
-    load = lambda seed, **new: {  # noqa: E731
-        split: texts_in(part)
-        for split, part in train_glue.load(
-            replace(base, **new), str(tiny), "sst2", seed, tokenizer, 24
-        ).items()
-    }
+
+    def load(seed: int, **new) -> dict[str, list[str]]:
+        parts = train_glue.load(replace(base, **new), str(tiny), "sst2", seed, tokenizer, 24)
+        return {split: texts_in(part) for split, part in parts.items()}
+
     one, again, other, whole = load(0), load(0), load(1), load(0, train=0)
     assert one == again and one["train"] != other["train"]
     assert one["validation"] == other["validation"] and one["test"] == other["test"]
@@ -375,65 +362,62 @@ def test_the_reported_set_is_never_used_for_anything_else(glue, tiny, tmp_path):
     assert few[0]["test"] == few[1]["test"]
 
 
-def lacking(columns: dict) -> None:
-    del columns["sentence2"]
+SPOILED = [  # task, split, column, its new values (one: of the fourth row), message
+    (
+        "mrpc",
+        "",
+        "sentence2",
+        None,
+        r"mrpc, train: found the columns \['sentence1', 'label'\]; wanted",
+    ),
+    (
+        "mrpc",
+        "",
+        "label",
+        [1] * 30,
+        r"mrpc, train: found the labels \{1\} only; wanted two or more",
+    ),
+    ("mrpc", "", "label", 2, "found the label 2; wanted 0 or 1"),
+    ("mrpc", "", "label", [0.0, 0.5] * 15, r"found the label 0\.5; wanted 0 or 1"),
+    ("mrpc", "", "label", None, "found the label None; wanted 0 or 1"),
+    ("mrpc", "", "label", ["no"] * 30, "found the label 'no'; wanted 0 or 1"),
+    ("mrpc", "", "sentence1", "none", "found None in sentence1; wanted text"),
+    ("stsb", "", "label", 5.5, r"found the label 5\.5; wanted a score from 0 to 5"),
+    ("rte", "validation", "label", [-1] * 30, "rte, validation: found the label -1; wanted 0 or 1"),
+]
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lacking, r"mrpc, train: found the columns \['sentence1', 'label'\]; wanted \['sentence1'"),
-        (
-            lambda c: c.update(text=c.pop("sentence1")),
-            r"found the columns \['sentence2', .*'text'\]",
-        ),
-        (lambda c: c.update(label=[1] * 30), r"mrpc, train: found the labels \{1\} only; wanted"),
-        (lambda c: c["label"].__setitem__(3, 2), "found the label 2; wanted 0 or 1"),
-        (lambda c: c.update(label=[0.0, 0.5] * 15), r"found the label 0\.5; wanted 0 or 1"),
-        (lambda c: c["label"].__setitem__(3, None), "found the label None; wanted 0 or 1"),
-        (lambda c: c.update(label=["no"] * 30), "found the label 'no'; wanted 0 or 1"),
-        (lambda c: c["sentence1"].__setitem__(3, None), "found None in sentence1; wanted text"),
-    ],
-)
-def test_data_that_is_not_as_it_should_be_is_named(tmp_path, tiny, change, message):
+@pytest.mark.parametrize(("task", "only", "column", "values", "message"), SPOILED)
+def test_data_that_is_not_as_it_should_be_is_named(
+    tmp_path, tiny, task, only, column, values, message
+):
     for split in ("train", "validation"):
-        columns = fake("mrpc", 30, split, random.Random(0))
+        columns = fake(task, 30, split, random.Random(0))
         del columns["idx"]
-        change(columns)
-        write(tmp_path / "data", "mrpc", split, columns)
+        if only in ("", split):
+            if values is None and column != "label":
+                del columns[column]
+            elif isinstance(values, list):
+                columns[column] = values
+            else:
+                columns[column][3] = None if values == "none" else values
+        write(tmp_path / "data", task, split, columns)
     base = options(tmp_path / "data", tiny, tmp_path, train=0)
+    tokenizer = common.load_tokenizer(str(tiny))
     with pytest.raises(ValueError, match=message):
         for seed in range(3):  # a tenth is the validation split
-            train_glue.load(base, str(tiny), "mrpc", seed, common.load_tokenizer(str(tiny)), 16)
+            train_glue.load(base, str(tiny), task, seed, tokenizer, 16)
 
 
-def test_hidden_test_labels_are_never_scored(glue, tiny, tmp_path):
+def test_hidden_test_labels_are_never_scored_and_a_missing_split_is_named(glue, tiny, tmp_path):
     base = options(glue, tiny, tmp_path)
     tokenizer = common.load_tokenizer(str(tiny))
     assert set(train_glue.source(str(glue), str(tiny), "rte")["test"]["label"]) == {-1}
     assert len(train_glue.load(base, str(tiny), "rte", 0, tokenizer, 16)["test"]) == 30
-    write(tmp_path / "data", "rte", "train", fake("rte", 30, "train", random.Random(0)))
-    hidden = fake("rte", 30, "validation", random.Random(0)) | {"label": [-1] * 30}
-    write(tmp_path / "data", "rte", "validation", hidden)
+    write(tmp_path / "data", "stsb", "train", fake("stsb", 30, "train", random.Random(0)))
     base = options(tmp_path / "data", tiny, tmp_path)
-    with pytest.raises(ValueError, match="rte, validation: found the label -1; wanted 0 or 1"):
-        train_glue.load(base, str(tiny), "rte", 0, tokenizer, 16)
-
-
-def test_a_score_out_of_range_and_a_missing_split_are_named(tmp_path, tiny):
-    columns = fake("stsb", 30, "train", random.Random(0))
-    columns["label"][7] = 5.5
-    write(tmp_path / "data", "stsb", "train", columns)
-    base = options(tmp_path / "data", tiny, tmp_path, train=0)
-    load = lambda: train_glue.load(  # noqa: E731
-        base, str(tiny), "stsb", 0, common.load_tokenizer(str(tiny)), 16
-    )
     with pytest.raises(ValueError, match=r"stsb has the splits \['train'\]; wanted validation"):
-        load()
-    write(tmp_path / "data", "stsb", "validation", columns)
-    train_glue.source.cache_clear()
-    with pytest.raises(ValueError, match=r"found the label 5\.5; wanted a score from 0 to 5"):
-        load()
+        train_glue.load(base, str(tiny), "stsb", 0, tokenizer, 16)
 
 
 def test_what_is_wrong_with_any_task_is_said_before_a_run(glue, tiny, tmp_path):
@@ -584,18 +568,6 @@ def one(shared, name: str, task: str = "rte", **new) -> dict:
     return train_glue.finish(specs, base, backbone, results)[0]
 
 
-def test_adapters_are_recycled_from_the_other_tasks_only(shared, monkeypatch):
-    opened = []
-    lazy = common.LazyAdapter
-    monkeypatch.setattr(common, "LazyAdapter", lambda folder: opened.append(folder) or lazy(folder))
-    result = one(shared, "EigenLoRAx", components=6)
-    assert result["trainable"] == 2 * 2 * 2 * 6 * 8
-    base, _, results = shared
-    specs = specs_of(base, train_glue.lora(base))
-    folders = {s["task"]: common.adapter_folder(results.folder, s) for s in specs}
-    assert set(opened) == set(folders.values()) - {folders["rte"]} and len(opened) == 5
-
-
 def test_rows_train_what_they_say(shared):
     linears, width = 4, 16  # two layers, query and value
     sizes = {
@@ -608,6 +580,9 @@ def test_rows_train_what_they_say(shared):
         "HRA r=8, λ=1e-1": linears * 8 * width,
         "OFT": linears * 16 * 15 // 2,
         "noise 30 %": linears * 2 * 6 * 8,
+        "LoRA, stage 1": linears * 8 * 2 * width,
+        "LoRA, stage 2": linears * 8 * 2 * width,
+        "ReSoRA, stage 2": linears * 8 * 2 * width,
     }
     for name, size in sizes.items():
         assert one(shared, name, components=6)["trainable"] == size, name
@@ -649,13 +624,6 @@ def test_the_papers_rates_and_epochs_reach_their_task(glue, tiny, tmp_path, monk
         (spec,) = specs_of(base, rows[name], task="qnli")
         train_glue.run(spec, config=base, backbone=str(tiny), folder=tmp_path)
         assert (asked[-1]["lr"], asked[-1]["epochs"]) == (rate, epochs), name
-
-
-def test_a_second_stage_starts_from_the_first(shared):
-    first = one(shared, "LoRA, stage 1")
-    second = one(shared, "ReSoRA, stage 2")
-    assert first["trainable"] == second["trainable"] == one(shared, "LoRA, stage 2")["trainable"]
-    assert second["losses"] != first["losses"]
 
 
 def test_a_run_that_diverges_is_an_error_but_for_tuning(shared):
@@ -788,16 +756,8 @@ def test_the_quick_demo_runs_as_a_user_runs_it(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not REAL, reason="REFERENCE_DATA is not set: no real backbone or texts here")
 def test_a_real_backbone_and_real_texts(tmp_path):
-    base = config(
-        backbone=f"{REAL}/models/minilm-l6",
-        data=f"{REAL}/glue",
-        train=200,
-        evaluate=200,
-        epochs=3,
-        batch_size=8,
-        seeds=1,
-        runs=str(tmp_path),
-    )
+    data = dict(backbone=f"{REAL}/models/minilm-l6", data=f"{REAL}/glue", runs=str(tmp_path))
+    base = config(**data, train=200, evaluate=200, epochs=3, batch_size=8, seeds=1)
     backbone, results, _ = train_glue.prepare(base)
     specs = specs_of(base, train_glue.lora(base), task="sst2")
     (lora,) = train_glue.finish(specs, base, backbone, results)

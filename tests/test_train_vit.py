@@ -29,7 +29,8 @@ def specs_of(config: train_vit.Config, table, *names: str, task: str = "") -> li
     """The runs of some rows of a table with seed 0; of one task, or of all."""
     rows = {r["row"]: r for r in table(config)}
     chosen = [rows[name] for name in names]
-    rates = common.rates_of(chosen, train_vit.LEARNING_RATES[train_vit.preset(config)], "")
+    preset = train_vit.LEARNING_RATES[train_vit.preset(config)]
+    _, rates = common.rows_and_rates(config, chosen, {}, preset)
     specs = common.specify(chosen, rates, train_vit.task_names(config), [0])
     return [spec for spec in specs if task in ("", spec["task"])]
 
@@ -259,7 +260,7 @@ def test_a_run_killed_between_its_adapter_and_its_result_is_made_again(shared):
     assert len(common.LazyAdapter(common.adapter_folder(results.folder, spec))) == 8
 
 
-def test_rows_train_what_they_say(shared):
+def test_frozen_and_random_rows(shared):
     table = train_vit.eigenlorax_rows
     found = made(shared, table, "EigenLoRAx-ZS", "Random subspace")
     assert [run["trainable"] for run in found.values()] == [0, 1024]
