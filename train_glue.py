@@ -364,8 +364,13 @@ def sentences(text: str) -> list[str]:
     for paragraph in re.split(r"\n\s*\n", text):
         if not re.search(r"^\s*(>>>|\.\.\.|[-=]{3})", paragraph, re.M):
             found += re.split(r"(?<=[.!?:])\s+(?=[A-Z])", " ".join(paragraph.split()))
-    plain = lambda s: sum(c.isalpha() or c == " " for c in s) >= 0.85 * len(s)  # noqa: E731
-    return [s for s in found if 5 <= len(s.split()) <= 40 and plain(s)]
+    return [s for s in found if 5 <= len(s.split()) <= 40 and is_prose(s)]
+
+
+def is_prose(text: str) -> bool:
+    """Whether most of a text is letters and spaces."""
+    letters = sum(c.isalpha() or c == " " for c in text)
+    return letters >= 0.85 * len(text)
 
 
 def split_of(module: str) -> str:
@@ -377,6 +382,11 @@ def split_of(module: str) -> str:
 def words_of(name: str) -> str:
     """The words of an identifier, in lower case."""
     return " ".join(re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)).lower()
+
+
+def negated(found: re.Match) -> str:
+    """An auxiliary verb without its "not", or with one."""
+    return found[1] if found[2] else f"{found[1]} not"
 
 
 def examples(task: str, docs: list[Doc], rng: random.Random) -> Iterable[tuple[list[str], float]]:
@@ -404,9 +414,8 @@ def examples(task: str, docs: list[Doc], rng: random.Random) -> Iterable[tuple[l
             answer = rng.choice(doc.sentences[1:]) if i % 2 else doc.sentences[0]
             yield [words_of(doc.name), answer], i % 2
     elif task == "rte":
-        turned = lambda m: m[1] if m[2] else f"{m[1]} not"  # noqa: E731
         for i, s in enumerate(filter(AUXILIARY.search, single)):
-            yield [s, AUXILIARY.sub(turned, s, count=1) if i % 2 else s], i % 2
+            yield [s, AUXILIARY.sub(negated, s, count=1) if i % 2 else s], i % 2
     else:
         for i, s in enumerate(single):
             words = s.split()
@@ -425,13 +434,17 @@ def suite(docs: list[Doc]) -> dict[str, dict[str, dict[str, list]]]:
     """
     seen, parts = set(), {}
     for split in ROWS:
-        mine = [doc for doc in docs if split_of(doc.module) == split]
-        new = [[s for s in d.sentences if s not in seen and len(s.split()) <= 20] for d in mine]
-        mine = [doc._replace(sentences=kept) for doc, kept in zip(mine, new, strict=True)]
-        parts[split] = [doc for doc in mine if doc.sentences]
-        seen |= {s for doc in mine for s in doc.sentences}
+        parts[split] = []
+        for doc in docs:
+            if split_of(doc.module) == split:
+                new = [s for s in doc.sentences if s not in seen and len(s.split()) <= 20]
+                if new:
+                    parts[split].append(doc._replace(sentences=new))
+        for doc in parts[split]:
+            seen.update(doc.sentences)
     made = {}
     for task, shape in TASKS.items():
+        made[task] = {}
         for split, rows in ROWS.items():
             found = examples(task, parts[split], random.Random(f"{task} {split}"))
             kept = list(itertools.islice(found, rows))
@@ -440,9 +453,9 @@ def suite(docs: list[Doc]) -> dict[str, dict[str, dict[str, list]]]:
                     f"found no rows for {task}, {split} in {len(docs)} docstrings;"
                     " wanted the source of the standard library"
                 )
-            texts, labels = zip(*kept, strict=True)
-            columns = dict(zip(shape.columns, map(list, zip(*texts, strict=True)), strict=True))
-            made.setdefault(task, {})[split] = {**columns, "label": list(labels)}
+            made[task][split] = {"label": [label for _, label in kept]}
+            for i, column in enumerate(shape.columns):
+                made[task][split][column] = [texts[i] for texts, _ in kept]
     return made
 
 
