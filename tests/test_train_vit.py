@@ -397,7 +397,7 @@ def test_the_quick_demo_runs_as_a_user_runs_it(tmp_path):
 @pytest.mark.skipif(not REAL, reason="REFERENCE_DATA is not set: no real backbone or images here")
 def test_a_real_backbone_and_real_images(tmp_path):
     data = dict(backbone=f"{REAL}/models/dinov2-small-focus", data=f"{REAL}/cifar100")
-    sizes = dict(subsets=2, classes=3, images=20, image_size=56, epochs=4, seeds=1, batch_size=16)
+    sizes = dict(subsets=2, classes=3, images=20, image_size=56, epochs=4, seeds=1, batch_size=9)
     rates = "LoRA r=4=3e-3; Base=1e-2"
     wanted = config(**data, **sizes, lr=rates, runs=str(tmp_path))
     backbone, results = train_vit.prepare(wanted)
