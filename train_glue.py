@@ -4,7 +4,8 @@
 
     python train_glue.py                        recycle adapters on real English, offline
     python train_glue.py --quick                five of its rows in a minute, trained less
-    python train_glue.py --table hra            another table of rows; --help lists them
+    python train_glue.py --table hra            another table of rows
+    python train_glue.py --rows lora hra        one row for each of some methods
     python train_glue.py --backbone roberta-base --data nyu-mll/glue
                                                 the setting of EigenLoRAx, Table 2
     python train_glue.py --backbone FOLDER --data FOLDER --train 400 --evaluate 500
@@ -34,6 +35,9 @@ With --data, results are on GLUE's validation set, because the test labels are n
 chosen, such as learning rates by --tune, is chosen on a tenth of the training set. EigenLoRAx's
 authors monitor the reported set while they train; this script never does.
 
+A data set of your own is FOLDER/TASK/SPLIT.parquet (or .csv, .json) for each of the six tasks, with
+the splits train and validation, GLUE's columns of texts, and a column label.
+
 EigenLoRAx is leave-one-out: the principal components of a task come from LoRA adapters of the
 other tasks, written by PEFT to disk and read from there. Finished runs are kept in runs/ under a
 name that changes with the configuration, data, code and versions; the same command continues.
@@ -53,14 +57,14 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
 from torch.utils.data import Dataset
 
 import common
-from common import row
+from common import row, transformers
 
 
 class Shape(NamedTuple):
@@ -80,50 +84,134 @@ TASKS = {
     "stsb": Shape(("sentence1", "sentence2"), 1, "pearson"),
 }
 
+# ---------------------------------------------------------------- rows of the tables
 
-LENGTH = 64  # tokens of a text of the docstrings, at most
+ADAPTER_RANK = {"docs": 4, "few": 8, "paper": 8}  # Table 2 says 32, A.2 8 or 16, its scripts use 8
+
+
+def lora(config) -> dict:
+    """The row whose adapters EigenLoRAx recycles."""
+    rank = ADAPTER_RANK[preset(config)]
+    return row(f"LoRA r={rank}", "lora", rank=rank)
+
+
+def recycling(name: str, config, **options) -> dict:
+    """A row that recycles LoRA adapters."""
+    size = {"components": config.components, "rank": config.rank}
+    options = {"rate": "EigenLoRAx", "recycle": lora(config), **size, **options}
+    return row(name, "eigenlorax", **options)
+
+
+def eigenlorax_rows(config) -> list[dict]:
+    """EigenLoRAx, Tables 2 and 3: the last three rows have two adapters' components, or none.
+
+    The two are those of the first two other tasks, in the order of TASKS.
+    """
+    docs, rank = preset(config) == "docs", ADAPTER_RANK[preset(config)]
+    total = 64 if preset(config) == "paper" else config.components  # Table 3: 24K trained numbers
+    few = min(2 * rank, total)
+    low = {"components": few, "adapters": 2}
+    wide = rank if docs else 32  # Table 2: LoRA and PiSSA r=32, 1.2M trained numbers
+    rows = [row("Full", "full"), row("Base", "head")]
+    if not docs:
+        rows.append(row("LoRA r=32", "lora", rank=32, rate="LoRA r=8"))
+    rows += [
+        lora(config),
+        row("VeRA", "vera", rank=64 if docs else 256),
+        row(f"PiSSA r={wide}", "pissa", rank=wide, init_lora_weights="pissa"),
+        recycling("EigenLoRAx", config),
+        recycling("EigenLoRAx-init", config, free=config.components, rate="EigenLoRAx-init"),
+        recycling("EigenLoRAx-AUG", config, **low, pseudo=total - few),
+        recycling("EigenLoRAx + random", config, **low, random=total - few),
+        row("Random subspace", "random", components=total, rank=config.rank),
+    ]
+    if config.quick and config.table == "eigenlorax":
+        quick = ("Full", "Base", lora(config)["row"], "EigenLoRAx", "Random subspace")
+        return [r for r in rows if r["row"] in quick]
+    return rows
+
+
+def noise_rows(config) -> list[dict]:
+    """EigenLoRAx, Table 13: noise in the recycled adapters."""
+    noisy = [recycling(f"noise {100 * x:.0f} %", config, noise=x) for x in (0.05, 0.15, 0.3)]
+    return [lora(config), recycling("EigenLoRAx", config), *noisy]
+
+
+def hra_rows(config) -> list[dict]:
+    """HRA, Table 2 and Figures 3 and 4: λ at r=8, r at λ=0, beside LoRA, OFT and BOFT.
+
+    Like the paper's, the preset "paper" adapts every Linear layer of the encoder; other presets,
+    and the table "all", query and value, as in all other rows.
+    """
+    paper = preset(config) == "paper"
+    every = {"every": True} if paper and config.table == "hra" else {}
+    own_epochs = paper and not config.epochs
+    plain = {**every, "epochs": HRA_EPOCHS} if own_epochs else every
+    rows = [
+        {**lora(config), **every},
+        row("OFT", "oft", rank=16, **plain),
+        row("BOFT", "boft", rank=8, **plain),
+    ]
+    rows += [row(f"HRA r={r}, λ=0", "hra", rank=r, rate="HRA r=8, λ=0", **plain) for r in (2, 4, 8)]
+    penalised = {**every, "epochs": HRA_PENALISED_EPOCHS} if own_epochs else every
+    rate = "HRA r=8, λ=1e-5" if paper else "HRA r=8, λ=0"
+    for name, lam in {"1e-5": 1e-5, "1e-3": 1e-3, "1e-1": 1e-1}.items():
+        rows.append(row(f"HRA r=8, λ={name}", "hra", rank=8, lam=lam, rate=rate, **penalised))
+    return [*rows, row("HRA r=8, λ=∞", "hra", rank=8, strict=True, **plain)]
+
+
+def resora_rows(config) -> list[dict]:
+    """LoRA, and a second stage of it without ReSoRA and with it; λ as in train_vit.py."""
+    rank = ADAPTER_RANK[preset(config)]
+    mine = {"method": "resora", "rank": rank, "rate": f"LoRA r={rank}"}
+    start = row("LoRA, stage 1", **mine)
+    linear = {"metric": "linear", "level": "feature", "lam": 1.0}
+    return [
+        start,
+        row("LoRA, stage 2", **mine, start=start),
+        row("ReSoRA, stage 2", **mine, start=start, **linear),
+    ]
+
+
+def all_rows(config) -> list[dict]:
+    """EigenLoRAx's Tables 2 and 3, HRA's Table 2, and ReSoRA."""
+    swept = ("HRA r=2, λ=0", "HRA r=4, λ=0", "HRA r=8, λ=1e-1")
+    rows = eigenlorax_rows(config) + [r for r in hra_rows(config) if r["row"] not in swept]
+    return list({r["row"]: r for r in rows + resora_rows(config)}.values())
+
+
+TABLES = {
+    "eigenlorax": eigenlorax_rows,
+    "noise": noise_rows,
+    "hra": hra_rows,
+    "resora": resora_rows,
+    "all": all_rows,
+}
+
+# ---------------------------------------------------------------- the command line
 
 
 @dataclass(frozen=True)
-class Config:
-    """What a run depends on, and what a user may set. 0 or "" stands for the preset's value."""
+class Config(common.Options):
+    """What a user may set."""
 
-    table: str = "eigenlorax"  # eigenlorax, noise, hra, resora or all (without the sweeps)
+    table: Literal[tuple(TABLES)] = "eigenlorax"  # the rows to compare; all: without the sweeps
     backbone: str = "docs"  # docs, a hub name, or a folder in the hub's layout
     data: str = "docs"  # docs, a hub name, or a folder in the hub's layout, FOLDER/TASK
-    train: int = 0  # training rows of a task, at most, drawn by the seed; 0: all (not docs)
-    evaluate: int = 0  # rows to score on, at most, the same for every seed; 0: all (not docs)
-    length: int = 0  # tokens of a text, at most
-    seeds: int = 0  # runs of each row and task, with seeds 0, 1, …
-    epochs: int = 0  # passes over a task's training rows
-    batch_size: int = 0  # rows of a step, all processes together
-    components: int = 0  # K of EigenLoRAx
-    rank: int = 0  # r of EigenLoRAx's coefficients
-    weight_decay: float = -1.0  # of AdamW; -1: the preset's
-    mixed_precision: str = "no"  # no, bf16 or fp16
-    lr: str = ""  # "ROW=RATE;…" instead of the preset's learning rates
-    quick: bool = False  # one seed, fewer rows of the data and of the table
-    tune: bool = False  # choose learning rates on the validation split, instead of testing
-    jobs: int = 0  # runs at a time, a thread each; 0: one per core for docs, else one
-    runs: str = "runs"  # folder for finished runs
-    out: str = ""  # JSON file for the results; the figure and its .md go beside it
+    train: int | None = None  # training rows of a task, at most, drawn by the seed (not docs)
+    evaluate: int | None = None  # rows to score on, at most, the same for every seed (not docs)
+    length: int | None = None  # tokens of a text, at most
 
 
+LENGTH = 64  # tokens of a text of the docstrings, at most
+CHOSEN = dict(weight_decay=0.01, epochs=3)
 PRESETS = {  # docs, and few (with --train): chosen here; paper: EigenLoRAx, Tables 10 and 11
-    "docs": dict(
-        train=800,
-        evaluate=400,
-        length=LENGTH,
-        seeds=2,
-        epochs=3,
-        batch_size=16,
-        components=16,
-        rank=4,
-    ),
-    "few": dict(length=64, seeds=3, epochs=3, batch_size=4, components=32, rank=8),
-    "paper": dict(length=512, seeds=5, batch_size=64, components=32, rank=8, weight_decay=0.1),
+    "docs": dict(seeds=2, batch_size=16, components=16, rank=4, train=800, evaluate=400, **CHOSEN),
+    "few": dict(seeds=3, batch_size=4, components=32, rank=8, evaluate=0, **CHOSEN),
+    "paper": dict(seeds=5, batch_size=64, components=32, rank=8, train=0, evaluate=0),
 }
-ADAPTER_RANK = {"docs": 4, "few": 8, "paper": 8}  # Table 2 says 32, A.2 8 or 16, its scripts use 8
+PRESETS["docs"]["length"] = PRESETS["few"]["length"] = LENGTH
+PRESETS["paper"] |= dict(length=512, weight_decay=0.1, epochs=0)  # 0: each task's own
 
 
 def by_task(*values: float) -> dict[str, float]:
@@ -194,23 +282,17 @@ def preset(config: Config) -> str:
 
 def complete(config: Config) -> Config:
     """`config` with nothing left open. Raises ValueError for values that make no sense."""
-    if (config.data == "docs") != (config.backbone == "docs"):
-        raise ValueError(
-            f"found --backbone {config.backbone} with --data {config.data};"
-            " wanted both to be docs, or neither"
-        )
     if config.quick:
         few = {"train": min(config.train or 400, 400), "evaluate": min(config.evaluate or 200, 200)}
-        config = replace(config, seeds=config.seeds or 1, **few)
+        config = common.filled(replace(config, **few), {"seeds": 1})
     name = preset(config)
     if name == "paper" and config.table == "hra":  # HRA, Table 5
         config = common.filled(config, {"batch_size": 32})
-    config = common.filled(config, {"weight_decay": 0.01, **PRESETS[name]})
-    if not config.jobs:
-        config = replace(config, jobs=common.cores() if name == "docs" else 1)
+    jobs = common.cores() if name == "docs" else 1
+    config = common.filled(config, {**PRESETS[name], "jobs": jobs})
     least = dict.fromkeys(("seeds", "batch_size", "components", "rank", "jobs"), 1)
     least |= {"train": 0, "evaluate": 0, "length": 8, "epochs": 0 if name == "paper" else 1}
-    common.check_options(config, least, {"table": list(TABLES)})
+    common.check_options(config, least, "docs")
     rank = ADAPTER_RANK[name]
     common.check_components(config.components, rank, len(TASKS) - 1)
     if config.evaluate == 1:
@@ -223,118 +305,20 @@ def complete(config: Config) -> Config:
     return config
 
 
-# ---------------------------------------------------------------- rows of the tables
+def rows_and_rates(config: Config) -> tuple[list[dict], dict]:
+    """The rows to compare, and every row's learning rate. Raises ValueError for unknown rows."""
+    rows = TABLES[config.table](config)
+    return common.rows_and_rates(config, rows, lora(config), LEARNING_RATES[preset(config)])
 
 
-def lora(config: Config) -> dict:
-    """The row whose adapters EigenLoRAx recycles."""
-    rank = ADAPTER_RANK[preset(config)]
-    return row(f"LoRA r={rank}", "lora", rank=rank)
-
-
-def recycling(name: str, config: Config, **options) -> dict:
-    """A row that recycles LoRA adapters."""
-    size = {"components": config.components, "rank": config.rank}
-    options = {"rate": "EigenLoRAx", "recycle": lora(config), **size, **options}
-    return row(name, "eigenlorax", **options)
-
-
-def eigenlorax_rows(config: Config) -> list[dict]:
-    """EigenLoRAx, Tables 2 and 3: the last three rows have two adapters' components, or none.
-
-    The two are those of the first two other tasks, in the order of TASKS.
-    """
-    docs, rank = preset(config) == "docs", ADAPTER_RANK[preset(config)]
-    total = 64 if preset(config) == "paper" else config.components  # Table 3: 24K trained numbers
-    few = min(2 * rank, total)
-    low = dict(components=few, adapters=2)
-    wide = rank if docs else 32  # Table 2: LoRA and PiSSA r=32, 1.2M trained numbers
-    rows = [
-        row("Full", "full"),
-        row("Base", "head"),
-        *([] if docs else [row("LoRA r=32", "lora", rank=32, rate="LoRA r=8")]),
-        lora(config),
-        row("VeRA", "vera", rank=64 if docs else 256),
-        row(f"PiSSA r={wide}", "pissa", rank=wide),
-        recycling("EigenLoRAx", config),
-        recycling("EigenLoRAx-init", config, free=config.components, rate="EigenLoRAx-init"),
-        recycling("EigenLoRAx-AUG", config, **low, pseudo=total - few),
-        recycling("EigenLoRAx + random", config, **low, random=total - few),
-        row("Random subspace", "eigenlorax", components=total, rank=config.rank),
-    ]
-    quick = ("Full", "Base", lora(config)["row"], "EigenLoRAx", "Random subspace")
-    some = config.quick and config.table == "eigenlorax"
-    return [r for r in rows if not some or r["row"] in quick]
-
-
-def noise_rows(config: Config) -> list[dict]:
-    """EigenLoRAx, Table 13: noise in the recycled adapters."""
-    noisy = [recycling(f"noise {100 * x:.0f} %", config, noise=x) for x in (0.05, 0.15, 0.3)]
-    return [lora(config), recycling("EigenLoRAx", config), *noisy]
-
-
-def hra_rows(config: Config) -> list[dict]:
-    """HRA, Table 2 and Figures 3 and 4: λ at r=8, r at λ=0, beside LoRA, OFT and BOFT.
-
-    Like the paper's, the preset "paper" adapts every Linear layer of the encoder; other presets,
-    and the table "all", query and value, as in all other rows.
-    """
-    paper = preset(config) == "paper"
-    every = {"every": True} if paper and config.table == "hra" else {}
-    timed = lambda epochs: {"epochs": epochs} if paper and not config.epochs else {}  # noqa: E731
-    plain = {**every, **timed(HRA_EPOCHS)}
-    later = {"rate": "HRA r=8, λ=0", **plain}
-    rows = [
-        {**lora(config), **every},
-        row("OFT", "oft", rank=16, **plain),
-        row("BOFT", "boft", rank=8, **plain),
-    ]
-    rows += [row(f"HRA r={r}, λ=0", "hra", rank=r, **later) for r in (2, 4, 8)]
-    if paper:
-        later = {"rate": "HRA r=8, λ=1e-5", **every, **timed(HRA_PENALISED_EPOCHS)}
-    for lam in (1e-5, 1e-3, 1e-1):
-        name = f"HRA r=8, λ={lam:.0e}".replace("e-0", "e-")
-        rows.append(row(name, "hra", rank=8, lam=lam, **later))
-    return [*rows, row("HRA r=8, λ=∞", "hra", rank=8, strict=True, **plain)]
-
-
-def resora_rows(config: Config) -> list[dict]:
-    """LoRA, and a second stage of it without ReSoRA and with it; λ as in train_vit.py."""
-    rank = ADAPTER_RANK[preset(config)]
-    mine = dict(method="resora", rank=rank, rate=f"LoRA r={rank}")
-    start = row("LoRA, stage 1", **mine)
-    options = dict(metric="linear", level="feature", lam=1.0)
-    return [
-        start,
-        row("LoRA, stage 2", **mine, start=start),
-        row("ReSoRA, stage 2", **mine, start=start, **options),
-    ]
-
-
-def all_rows(config: Config) -> list[dict]:
-    """EigenLoRAx's Tables 2 and 3, HRA's Table 2, and ReSoRA."""
-    swept = ("HRA r=2, λ=0", "HRA r=4, λ=0", "HRA r=8, λ=1e-1")
-    rows = eigenlorax_rows(config) + [r for r in hra_rows(config) if r["row"] not in swept]
-    return list({r["row"]: r for r in rows + resora_rows(config)}.values())
-
-
-TABLES = {
-    "eigenlorax": eigenlorax_rows,
-    "noise": noise_rows,
-    "hra": hra_rows,
-    "resora": resora_rows,
-    "all": all_rows,
-}
-
-
-def tasks(config: Config) -> list[str]:
+def task_names(config: Config) -> list[str]:
     """The names of the tasks."""
     return [f"{name}-like" for name in TASKS] if config.data == "docs" else list(TASKS)
 
 
-def specify(rows: list[dict], config: Config, rates: Mapping, seeds: Iterable[int]) -> list[dict]:
-    """Every run of the rows: row × task × seed, with its learning rate."""
-    return common.specify(rows, rates, tasks(config), seeds)
+def shape_of(task: str) -> Shape:
+    """The shape of a task of GLUE, or of the docstrings' task like it."""
+    return TASKS[task.removesuffix("-like")]
 
 
 # ---------------------------------------------------------------- the docstrings' tasks
@@ -380,8 +364,13 @@ def sentences(text: str) -> list[str]:
     for paragraph in re.split(r"\n\s*\n", text):
         if not re.search(r"^\s*(>>>|\.\.\.|[-=]{3})", paragraph, re.M):
             found += re.split(r"(?<=[.!?:])\s+(?=[A-Z])", " ".join(paragraph.split()))
-    plain = lambda s: sum(c.isalpha() or c == " " for c in s) >= 0.85 * len(s)  # noqa: E731
-    return [s for s in found if 5 <= len(s.split()) <= 40 and plain(s)]
+    return [s for s in found if 5 <= len(s.split()) <= 40 and is_prose(s)]
+
+
+def is_prose(text: str) -> bool:
+    """Whether most of a text is letters and spaces."""
+    letters = sum(c.isalpha() or c == " " for c in text)
+    return letters >= 0.85 * len(text)
 
 
 def split_of(module: str) -> str:
@@ -393,6 +382,11 @@ def split_of(module: str) -> str:
 def words_of(name: str) -> str:
     """The words of an identifier, in lower case."""
     return " ".join(re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)).lower()
+
+
+def negated(found: re.Match) -> str:
+    """An auxiliary verb without its "not", or with one."""
+    return found[1] if found[2] else f"{found[1]} not"
 
 
 def examples(task: str, docs: list[Doc], rng: random.Random) -> Iterable[tuple[list[str], float]]:
@@ -420,9 +414,8 @@ def examples(task: str, docs: list[Doc], rng: random.Random) -> Iterable[tuple[l
             answer = rng.choice(doc.sentences[1:]) if i % 2 else doc.sentences[0]
             yield [words_of(doc.name), answer], i % 2
     elif task == "rte":
-        turned = lambda m: m[1] if m[2] else f"{m[1]} not"  # noqa: E731
         for i, s in enumerate(filter(AUXILIARY.search, single)):
-            yield [s, AUXILIARY.sub(turned, s, count=1) if i % 2 else s], i % 2
+            yield [s, AUXILIARY.sub(negated, s, count=1) if i % 2 else s], i % 2
     else:
         for i, s in enumerate(single):
             words = s.split()
@@ -441,13 +434,17 @@ def suite(docs: list[Doc]) -> dict[str, dict[str, dict[str, list]]]:
     """
     seen, parts = set(), {}
     for split in ROWS:
-        mine = [doc for doc in docs if split_of(doc.module) == split]
-        new = [[s for s in d.sentences if s not in seen and len(s.split()) <= 20] for d in mine]
-        mine = [doc._replace(sentences=kept) for doc, kept in zip(mine, new, strict=True)]
-        parts[split] = [doc for doc in mine if doc.sentences]
-        seen |= {s for doc in mine for s in doc.sentences}
+        parts[split] = []
+        for doc in docs:
+            if split_of(doc.module) == split:
+                new = [s for s in doc.sentences if s not in seen and len(s.split()) <= 20]
+                if new:
+                    parts[split].append(doc._replace(sentences=new))
+        for doc in parts[split]:
+            seen.update(doc.sentences)
     made = {}
     for task, shape in TASKS.items():
+        made[task] = {}
         for split, rows in ROWS.items():
             found = examples(task, parts[split], random.Random(f"{task} {split}"))
             kept = list(itertools.islice(found, rows))
@@ -456,9 +453,9 @@ def suite(docs: list[Doc]) -> dict[str, dict[str, dict[str, list]]]:
                     f"found no rows for {task}, {split} in {len(docs)} docstrings;"
                     " wanted the source of the standard library"
                 )
-            texts, labels = zip(*kept, strict=True)
-            columns = dict(zip(shape.columns, map(list, zip(*texts, strict=True)), strict=True))
-            made.setdefault(task, {})[split] = {**columns, "label": list(labels)}
+            made[task][split] = {"label": [label for _, label in kept]}
+            for i, column in enumerate(shape.columns):
+                made[task][split][column] = [texts[i] for texts, _ in kept]
     return made
 
 
@@ -473,11 +470,10 @@ class Masked(nn.Module):
         self.model = model
 
     def forward(self, input_ids, labels):
-        from transformers.modeling_outputs import MaskedLMOutput
-
         hidden = self.model.base_model(input_ids).last_hidden_state[labels >= 0]
         logits = self.model.lm_head(hidden)
-        return MaskedLMOutput(loss=nn.functional.cross_entropy(logits, labels[labels >= 0]))
+        loss = nn.functional.cross_entropy(logits, labels[labels >= 0])
+        return transformers.modeling_outputs.MaskedLMOutput(loss=loss)
 
 
 class Blocks(Dataset):
@@ -518,7 +514,6 @@ def docs_tokenizer(texts: list[str], length: int):
     """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from tokenizers.trainers import BpeTrainer
-    from transformers import PreTrainedTokenizerFast
 
     special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
     pieces = Tokenizer(models.BPE())
@@ -530,7 +525,7 @@ def docs_tokenizer(texts: list[str], length: int):
     pieces.train_from_iterator(texts, BpeTrainer(vocab_size=2000, **options))
     pieces.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
     names = "bos_token pad_token eos_token unk_token mask_token".split()
-    return PreTrainedTokenizerFast(
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=pieces,
         cls_token="<s>",
         sep_token="</s>",
@@ -555,44 +550,42 @@ def look_near(model: nn.Module) -> None:
             key.weight.copy_(query.weight)
 
 
+BACKBONE = {  # a RoBERTa that learns from a thousand rows
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "max_position_embeddings": LENGTH + 2,  # two are RoBERTa's own
+    "type_vocab_size": 1,
+    "initializer_range": 0.1,  # about 1 / √64
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+
+
 def pretrain(
     spec: dict, docs: list[Doc], folder: Path, mixed_precision: str, recipe: Mapping
 ) -> dict:
     """Put a small RoBERTa, pretrained with spec["seed"], and its tokenizer in `folder`/SEED."""
-    from transformers import RobertaPreLayerNormConfig, RobertaPreLayerNormForMaskedLM, set_seed
-
-    set_seed(spec["seed"])
+    transformers.set_seed(spec["seed"])
     read = [doc for doc in docs if split_of(doc.module) == "train"]
     tokenizer = docs_tokenizer([s for doc in read for s in doc.sentences], LENGTH)
-    model = RobertaPreLayerNormForMaskedLM(
-        RobertaPreLayerNormConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            intermediate_size=128,
-            max_position_embeddings=LENGTH + 2,  # two are RoBERTa's own
-            type_vocab_size=1,
-            initializer_range=0.1,  # about 1 / √64
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-        )
-    )
+    config = transformers.RobertaPreLayerNormConfig(vocab_size=len(tokenizer), **BACKBONE)
+    model = transformers.RobertaPreLayerNormForMaskedLM(config)
     look_near(model)
     data = Blocks(read, tokenizer, LENGTH // 2)  # the tasks' texts are short
-    losses = common.train(
-        Masked(model),
-        data,
-        common.accelerator(mixed_precision=mixed_precision),
-        seed=spec["seed"],
-        collate=data.collate,
-        describe="pretraining on docstrings",
-        **recipe,
-    )
+    accelerate = common.accelerator(mixed_precision)
+    options = {"seed": spec["seed"], "label": "pretraining on docstrings", **recipe}
+    losses = common.train(Masked(model), data, accelerate, **options)
     with common.replacing(folder / str(spec["seed"])) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
     return {"losses": losses}
+
+
+def seeds_of(config: Config) -> Iterable[int]:
+    """The seeds of all runs."""
+    return common.TUNING_SEEDS if config.tune else range(config.seeds)
 
 
 def docs_backbones(config: Config) -> Path:
@@ -610,22 +603,20 @@ def docs_backbones(config: Config) -> Path:
         "sentences": sum(len(doc.sentences) for doc in docs),
         "hash": common.fingerprint(docs),
     }
+    code = [common.source_of(common.__file__), common.source_of(__file__)]
     made_by = {"recipe": recipe, "corpus": corpus, "mixed_precision": config.mixed_precision}
-    code = common.code_fingerprint(common, sys.modules[__name__])
     about = {**made_by, "code": code, **common.environment()}
     results = common.Results(config.runs, "docs-roberta", about)
     common.write_json(results.folder / "suite.json", {"corpus": corpus, "tasks": suite(docs)})
-    seeds = common.TUNING_SEEDS if config.tune else range(config.seeds)
-    specs = [{"row": "backbone", "task": "docstrings", "seed": seed} for seed in seeds]
-    made = dict(docs=docs, folder=results.folder, recipe=recipe)
-    work = functools.partial(pretrain, mixed_precision=config.mixed_precision, **made)
+    specs = [{"row": "backbone", "task": "docstrings", "seed": seed} for seed in seeds_of(config)]
+    options = {"docs": docs, "folder": results.folder, "recipe": recipe}
+    work = functools.partial(pretrain, mixed_precision=config.mixed_precision, **options)
     common.finish(specs, work, results, replace(config, tune=False))
-    for seed in seeds:
-        if not (results.folder / str(seed)).is_dir():
-            raise ValueError(
-                f"found no {results.folder / str(seed)}; wanted a backbone: delete"
-                f" {results.folder}, and it will be made again"
-            )
+    for seed in seeds_of(config):
+        folder = results.folder / str(seed)
+        if not folder.is_dir():
+            remedy = f"delete {results.folder}, and it will be made again"
+            raise ValueError(f"found no {folder}; wanted a backbone: {remedy}")
     return results.folder
 
 
@@ -638,16 +629,21 @@ def source(name: str, backbone: str, task: str):
 
     Raises ValueError if a split is missing.
     """
-    import datasets
-
     if name != "docs":
         data = common.load_task(name, task)
         for split in ("train", "validation"):
             if split not in data:
                 raise ValueError(f"{task} has the splits {list(data)}; wanted {split} as well")
         return data
+    import datasets
+
     made = common.read_json(Path(backbone) / "suite.json")["tasks"][task.removesuffix("-like")]
     return {split: datasets.Dataset.from_dict(columns) for split, columns in made.items()}
+
+
+def shuffled(count: int, seed: int) -> torch.Tensor:
+    """The numbers from 0 to count − 1 in an order of the seed's."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
 def load(config: Config, backbone: str, task: str, seed: int, tokenizer, length: int) -> dict:
@@ -657,28 +653,27 @@ def load(config: Config, backbone: str, task: str, seed: int, tokenizer, length:
     set called validation. Raises ValueError for data that is not as TASKS says.
     """
     data = source(config.data, backbone, task)
-    reported = "test" if config.data == "docs" else "validation"
-    fixed = lambda rows: torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))  # noqa: E731
     some = slice(config.evaluate or None)
-    rest, held = fixed(data["train"]), None
-    if config.data != "docs":
+    rest = shuffled(len(data["train"]), seed=0)
+    if config.data == "docs":
+        rows = {"validation": data["validation"], "test": data["test"]}
+        where = {"train": "train", "validation": "validation", "test": "test"}
+    else:
         tenth = max(2, len(rest) // 10)  # one row has no correlation
         held, rest = rest[:tenth][some], rest[tenth:]
-    drawn = rest[torch.randperm(len(rest), generator=torch.Generator().manual_seed(seed))]
-    rows = {"train": data["train"].select(drawn[: config.train or None])}
-    rows["validation"] = data["validation"] if held is None else data["train"].select(held)
-    rows["test"] = data[reported].select(fixed(data[reported])[some])
-    known = {} if held is None else {"validation": "held out of train", "test": "validation"}
-    shape = TASKS[task.removesuffix("-like")]
-    return {
-        split: common.TextTask(
-            *checked(found, f"{task}, {known.get(split, split)}", shape), tokenizer, length
-        )
-        for split, found in rows.items()
-    }
+        rows = {"validation": data["train"].select(held), "test": data["validation"]}
+        where = {"train": "train", "validation": "held out of train", "test": "validation"}
+    drawn = rest[shuffled(len(rest), seed)]
+    rows["train"] = data["train"].select(drawn[: config.train or None])
+    rows["test"] = rows["test"].select(shuffled(len(rows["test"]), seed=0)[some])
+    splits = {}
+    for split in ("train", "validation", "test"):
+        columns, labels = checked(rows[split], f"{task}, {where[split]}", shape_of(task))
+        splits[split] = common.TextTask(columns, labels, tokenizer, length)
+    return splits
 
 
-def checked(rows, where: str, shape: Shape) -> tuple[list[list[str]], torch.Tensor]:
+def checked(rows, where: str, shape: Shape) -> tuple[list[list[str]], list]:
     """(columns of texts, labels) of a data set's rows.
 
     Raises ValueError with the value found and wanted if they are not as `shape` says.
@@ -686,52 +681,50 @@ def checked(rows, where: str, shape: Shape) -> tuple[list[list[str]], torch.Tens
     wanted = [*shape.columns, "label"]
     if set(wanted) - set(rows.column_names):
         raise ValueError(f"{where}: found the columns {rows.column_names}; wanted {wanted}")
-    columns, labels = [rows[name][:] for name in shape.columns], rows["label"][:]
+    columns = [rows[name][:] for name in shape.columns]
     for name, column in zip(shape.columns, columns, strict=True):
         for text in column:
             if not isinstance(text, str):
                 raise ValueError(f"{where}: found {text!r} in {name}; wanted text")
-    kind = "0 or 1" if shape.classes > 1 else "a score from 0 to 5"
+    labels = rows["label"][:]
+    classes = shape.classes > 1
     for y in labels:
-        known = isinstance(y, int | float) and 0 <= y <= (shape.classes - 1 or 5)
-        if not known or (shape.classes > 1 and y != int(y)):
+        known = isinstance(y, int | float) and 0 <= y <= (shape.classes - 1 if classes else 5)
+        if not known or (classes and y != int(y)):
+            kind = "0 or 1" if classes else "a score from 0 to 5"
             raise ValueError(f"{where}: found the label {y!r}; wanted {kind}")
     if len(set(labels)) < 2 and "held out" not in where:
         raise ValueError(f"{where}: found the labels {set(labels)} only; wanted two or more")
-    return columns, torch.tensor(labels, dtype=torch.long if shape.classes > 1 else torch.float32)
+    return columns, [int(y) if classes else float(y) for y in labels]
 
 
 # ---------------------------------------------------------------- runs
 
 
+def of_task(value, task: str):
+    """A setting of one task, where tasks have each their own."""
+    return value[task] if isinstance(value, Mapping) else value
+
+
 def run(spec: dict, config: Config, backbone: str, folder: Path) -> dict:
     """Train and score one row on one task with one seed: scores and sizes, JSON-like."""
-    from transformers import set_seed
-
-    names, task = tasks(config), spec["task"]
-    shape = TASKS[task.removesuffix("-like")]
+    names, task = task_names(config), spec["task"]
     seed = 1000 * spec["seed"] + names.index(task)
-    set_seed(seed)  # of the head
+    transformers.set_seed(seed)  # of the head
     pretrained = f"{backbone}/{spec['seed']}" if config.data == "docs" else backbone
-    model = common.load_backbone(pretrained, shape.classes)
+    model = common.load_backbone(pretrained, shape_of(task).classes)
     tokenizer = common.load_tokenizer(pretrained)
     length = min(config.length, common.positions_of(model))
     data = load(config, backbone, task, spec["seed"], tokenizer, length)
-    of_task = lambda value: value[task] if isinstance(value, Mapping) else value  # noqa: E731
-    _, _, result = common.fit(
-        spec,
-        model,
-        data,
-        names,
-        folder,
-        seed,
-        mixed_precision=config.mixed_precision,
-        metric=shape.metric,
-        epochs=of_task(spec.get("epochs", config.epochs or EPOCHS)),
-        batch_size=config.batch_size,
-        lr=of_task(spec["lr"]),
-        weight_decay=config.weight_decay,
-    )
+    training = {
+        "epochs": of_task(spec.get("epochs", config.epochs or EPOCHS), task),
+        "batch_size": config.batch_size,
+        "lr": of_task(spec["lr"], task),
+        "weight_decay": config.weight_decay,
+        "mixed_precision": config.mixed_precision,
+        "metric": shape_of(task).metric,
+    }
+    _, result = common.fit(spec, model, data, names, folder, seed, **training)
     truncated = {split: part.truncated for split, part in data.items()}
     sizes = {split: len(part) for split, part in data.items()}
     return {**result, "length": length, "rows": sizes, "truncated": truncated}
@@ -743,46 +736,56 @@ def finish(specs: list[dict], config: Config, backbone: str, results: common.Res
     return common.finish(specs, work, results, config)
 
 
+def check_backbone(backbone: str) -> None:
+    """Raise ValueError for a backbone that is no model of text, or has another's tokenizer."""
+    where = f"backbone {backbone!r}: "
+    model = common.load_backbone(backbone, 2)
+    words, kind = model.get_input_embeddings(), type(model).__name__
+    if not isinstance(words, nn.Embedding):
+        raise ValueError(f"{where}found {kind}; wanted a model of text")
+    if model.config.pad_token_id is None:
+        raise ValueError(f"{where}found no pad_token_id; {kind} wants one")
+    found, most = len(common.load_tokenizer(backbone)), words.num_embeddings
+    if found > most:
+        wanted = f"at most {most}, those of the model"
+        raise ValueError(f"{where}found {found} tokens in its tokenizer; wanted {wanted}")
+    common.targets_of(model)  # which every table needs
+
+
 def prepare(config: Config) -> tuple[str, common.Results, dict]:
     """The backbones' folder or name, where the runs are kept, and what the text is."""
-    common.check_places(config, embedded=config.data == "docs")
-    backbone, made, about = config.backbone, {}, {}
+    common.check_places(config, "docs")
     if config.data == "docs":
         torch.set_num_threads(1)  # so small a model is no faster with two; --jobs changes nothing
-        backbone = str(docs_backbones(config))
-        made = {"backbone": Path(backbone).name, "data": config.data}
-        about = {"corpus": common.read_json(Path(backbone) / "suite.json")["corpus"]}
-    else:  # what is wrong with any of it is said before anything is trained
-        model = common.load_backbone(backbone, 2)
-        words, kind = model.get_input_embeddings(), type(model).__name__
-        if not isinstance(words, nn.Embedding):
-            raise ValueError(f"backbone {backbone!r}: found {kind}; wanted a model of text")
-        if model.config.pad_token_id is None:
-            raise ValueError(f"backbone {backbone!r}: found no pad_token_id; {kind} wants one")
-        if (found := len(common.load_tokenizer(backbone))) > words.num_embeddings:
-            raise ValueError(
-                f"backbone {backbone!r}: found {found} tokens in its tokenizer; wanted at most"
-                f" {words.num_embeddings}, those of the model"
-            )
-        common.targets_of(model)  # which every table needs
-        for task, shape in TASKS.items():
-            data = source(config.data, backbone, task)
-            for split in ("train", "validation"):
-                checked(data[split], f"{task}, {split}", shape)
-    return backbone, common.results_of(config, "glue", sys.modules[__name__], **made), about
+        folder = docs_backbones(config)
+        made = {"backbone": folder.name, "data": config.data}
+        weights = {str(seed): common.hash_of(folder / str(seed)) for seed in seeds_of(config)}
+        about = {"corpus": common.read_json(folder / "suite.json")["corpus"], "weights": weights}
+        return str(folder), common.results_of(config, "glue", __file__, **made), about
+    check_backbone(config.backbone)  # what is wrong is said before anything is trained
+    for task, shape in TASKS.items():
+        data = source(config.data, config.backbone, task)
+        for split in ("train", "validation"):
+            checked(data[split], f"{task}, {split}", shape)
+    about = {"weights": common.hash_of(config.backbone)}
+    return config.backbone, common.results_of(config, "glue", __file__), about
 
 
 def compare(config: Config) -> None:
     """Make every run of the table; print it, write the JSON and draw the figure."""
-    rates = common.read_rates(config.lr, LEARNING_RATES[preset(config)])
-    specs = specify(TABLES[config.table](config), config, rates, range(config.seeds))
+    rows, rates = rows_and_rates(config)
+    specs = common.specify(rows, rates, task_names(config), range(config.seeds))
     backbone, results, about = prepare(config)
-    real = config.table == "all" and preset(config) != "docs"
-    figure = "glue_minilm" if real else "glue_hra" if config.table == "hra" else "glue_docs"
-    out = Path(config.out or results.folder / f"glue_{config.table}.json")
+    figure = "glue_hra" if config.table == "hra" else "glue_docs"
+    if config.rows:
+        figure = "plots"
+    elif config.table == "all" and preset(config) != "docs":
+        figure = "glue_minilm"
+    name = "rows" if config.rows else config.table
+    out = Path(config.out or results.folder / f"glue_{name}.json")
     runs = finish(specs, config, backbone, results)
-    first = [r for r in runs if r["row"] == runs[0]["row"]]  # the texts are those of every row
-    cut = sum(sum(r["truncated"].values()) for r in first)
+    texts = [r for r in runs if r["row"] == runs[0]["row"]]  # those of every row
+    cut = sum(sum(r["truncated"].values()) for r in texts)
     note = f"Matthews, Pearson or accuracy × 100, mean over {config.seeds} seed(s)."
     note += f" Texts cut to {runs[0]['length']} tokens: {cut} of all tasks and seeds."
     common.report(config, out, runs, figure, note, **about)
@@ -792,18 +795,21 @@ def tune(config: Config) -> None:
     """Choose every row's learning rate on the validation split."""
     backbone, results, about = prepare(config)
     out = Path(config.out or results.folder / "glue_tune.json")
-    rates = LEARNING_RATES[preset(config)]
+    name = preset(config)
     rows = [r for table in TABLES.values() for r in table(config)]
     make = functools.partial(finish, config=config, backbone=backbone, results=results)
-    grid, tuned_on = GRID[preset(config)], TUNED_ON.get(preset(config))
-    common.tune(config, out, rows, rates, grid, tasks(config), make, tuned_on, **about)
+    options = {"tuned_on": TUNED_ON.get(name), **about}
+    rates = LEARNING_RATES[name]
+    common.tune(config, out, rows, rates, GRID[name], task_names(config), make, **options)
 
 
 def main() -> None:
     """Read the command line and do what it says."""
-    config = complete(common.parse(Config))
+    config = complete(common.parse(Config, PRESETS))
     (tune if config.tune else compare)(config)
 
 
 if __name__ == "__main__":
-    common.one_line_errors(main)
+    import train_glue  # by its name, under which worker processes find what is in it
+
+    common.one_line_errors(train_glue.main)

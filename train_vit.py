@@ -4,7 +4,8 @@
 
     python train_vit.py                         recycle adapters on real handwritten digits
     python train_vit.py --quick                 the same in a minute: one seed, fewer epochs
-    python train_vit.py --table hra             another table of rows; --help lists them
+    python train_vit.py --table hra             another table of rows
+    python train_vit.py --rows lora hra         one row for each of some methods
     python train_vit.py --backbone google/vit-base-patch16-224 --data cifar100
                                                 the setting of EigenLoRAx, Table 1
 
@@ -15,67 +16,172 @@ that a run's seed draws. With --data, the tasks are disjoint subsets of a data s
 which the seed draws as well. EigenLoRAx is leave-one-out: the principal components of a task come
 from LoRA adapters of the other tasks, written by PEFT to disk and read from there.
 
+A data set of your own is a folder that `datasets` can load, such as FOLDER/SPLIT/CLASS/IMAGE with
+the splits train and test, or FOLDER/SPLIT.parquet with a column of images and one of classes.
+
 Finished runs are kept in runs/ under a name that changes with the configuration, the code and
 the versions; the same command continues from them. Under torchrun the processes share each batch,
 with gloo where there is no accelerator: torchrun --standalone --nproc_per_node 2 train_vit.py
 """
 
 import functools
-import sys
-from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
-from safetensors.torch import load_file, save_file
 
 import common
+import resora
 from common import row
 
-VIEWS = {
-    "rotate 90°": lambda x: x.rot90(1, (-2, -1)),
-    "rotate 180°": lambda x: x.rot90(2, (-2, -1)),
-    "mirror": lambda x: x.flip(-1),
-    "transpose": lambda x: x.mT,
-    "invert": lambda x: 240 - x,
-    "shift": lambda x: x.roll((4, 4), (-2, -1)),
+# -------------------------------------------------------------------- rows of the tables
+
+LORA = row("LoRA r=4", "lora", rank=4)  # its adapters are the ones that EigenLoRAx recycles
+
+
+def eigenlorax_rows(config) -> list[dict]:
+    """EigenLoRAx, Table 1, with a random subspace of the same size as control."""
+    embedded = config.data == "digits"
+    size = {"components": config.components, "rank": config.rank}
+    recycling = {"method": "eigenlorax", "recycle": LORA, **size}
+    few = min(8, config.components)  # directions of two rank-4 adapters
+    total = config.components if embedded else 21  # the paper's "+1K"
+    augmented = {**recycling, "components": few, "adapters": 2, "pseudo": total - few}
+    return [
+        row("Full", "full"),
+        row("Base", "head"),
+        LORA,
+        row("LoRA r=1", "lora", rank=1),
+        row("VeRA", "vera", rank=64 if embedded else 2),
+        row("EigenLoRAx-AUG", **augmented),
+        row("EigenLoRAx", **recycling),
+        row("EigenLoRAx-ZS", **recycling, frozen=True),
+        row("Random subspace", "random", **size),
+    ]
+
+
+def ablation_rows(config) -> list[dict]:
+    """EigenLoRAx against K, r, the number of recycled adapters, noise in them, and its recipes."""
+
+    def recycling(name: str, components: int = 16, rank: int = 4, **options) -> dict:
+        """A row at EigenLoRAx's rate."""
+        options |= {"components": components, "rank": rank, "recycle": LORA}
+        return row(name, "eigenlorax", rate="EigenLoRAx", **options)
+
+    rows = [
+        LORA,
+        row("PiSSA r=4", "pissa", rank=4, init_lora_weights="pissa"),
+        row("VeRA", "vera", rank=64),
+    ]
+    for k in (1, 2, 4, 8, 12, 16, 20):
+        rows.append(recycling(f"K={k}", k))
+        control = {"components": k, "rank": 4, "rate": "Random subspace"}
+        rows.append(row(f"K={k}, random", "random", **control))
+    for r in (1, 2, 8):
+        rows.append(recycling(f"K=16, r={r}", rank=r))
+    for n in (1, 2, 3, 4):
+        rows.append(recycling(f"{n} recycled", 4 * n, adapters=n))
+        more = {"adapters": n, "pseudo": 20 - 4 * n}
+        rows.append(recycling(f"{n} recycled, augmented", 4 * n, **more))
+    for noise in (0.05, 0.15, 0.3, 1.0):
+        rows.append(recycling(f"noise {100 * noise:.0f} %", noise=noise))
+    start = recycling("K=16")
+    rows.append(recycling("components trained too", free=16))
+    rows.append(recycling("4 free directions added", pseudo=4, free=4))
+    rows.append(recycling("coefficients twice as long", start=start))
+    rows.append(recycling("coefficients, then components too", start=start, free=16))
+    return rows
+
+
+def hra_rows(config) -> list[dict]:
+    """HRA against r and λ, beside LoRA, OFT and BOFT of about the same size."""
+    rows = [row("LoRA r=1", "lora", rank=1), row("LoRA r=2", "lora", rank=2, rate="LoRA r=4"), LORA]
+    rows += [row("OFT", "oft", rank=16), row("BOFT", "boft", rank=8)]
+    for r in (2, 4, 8):
+        rows.append(row(f"HRA r={r}, λ=0", "hra", rank=r, rate="HRA r=8, λ=0"))
+        for power in (6, 5, 4, 3, 2, 1):
+            name = f"HRA r={r}, λ=1e-{power}"
+            rows.append(row(name, "hra", rank=r, lam=10.0**-power, rate="HRA r=8, λ=0"))
+        rows.append(row(f"HRA r={r}, λ=∞", "hra", rank=r, strict=True, rate="HRA r=8, λ=∞"))
+    return rows
+
+
+LAMBDAS = {  # λ of ReSoRA, chosen on validation by --table resora-lambda, figures/vit_lambda.json
+    ("euclidean", "feature"): 1e-3,
+    ("cosine", "feature"): 0.1,
+    ("linear", "feature"): 1.0,
+    ("nonlinear", "feature"): 1e-3,
+    ("euclidean", "weight"): 1.0,
+    ("cosine", "weight"): 1e-2,
+    ("linear", "weight"): 1e-3,
+    ("nonlinear", "weight"): 1e-3,
 }
 
 
-@dataclass(frozen=True)
-class Config:
-    """What a run depends on, and what a user may set. 0 or "" stands for the preset's value."""
+def resora_row(name: str, rank: int, **options) -> dict:
+    """A row of LoRA with or without ReSoRA, at LoRA's rate."""
+    return row(f"r={rank}, {name}", "resora", rank=rank, rate="LoRA r=4", **options)
 
-    table: str = "eigenlorax"  # eigenlorax, eigenlorax-ablation, hra, resora or resora-lambda
+
+def resora_rows(config) -> list[dict]:
+    """LoRA, its second stage with λ = 0 and re-gauged (the controls), and with each metric."""
+    rows = []
+    linear = {"metric": "linear", "level": "feature", "lam": LAMBDAS["linear", "feature"]}
+    for r in (2, 4, 8):
+        start = resora_row("stage 1", r)
+        rows += [start, resora_row("λ=0", r, start=start)]
+        rows.append(resora_row("re-gauged", r, start=start, regauge=True))
+        rows.append(resora_row("linear, one stage", r, stages=2, ramp=0.5, **linear))
+        for (metric, level), lam in LAMBDAS.items():
+            if level == "feature" or r == 4:
+                options = {"metric": metric, "level": level, "lam": lam, "start": start}
+                rows.append(resora_row(f"{metric}, {level}", r, **options))
+    return rows
+
+
+def resora_lambda_rows(config) -> list[dict]:
+    """The second stage at r = 4 with every metric, level and λ: to choose λ on validation."""
+    start = resora_row("stage 1", 4)
+    rows = [start, resora_row("λ=0", 4, start=start)]
+    for metric, level in LAMBDAS:
+        for lam in (1e-3, 1e-2, 1e-1, 1.0):
+            options = {"metric": metric, "level": level, "lam": lam, "start": start}
+            rows.append(resora_row(f"{metric}, {level}, λ={lam:g}", 4, **options))
+    return rows
+
+
+TABLES = {  # name: (its rows, its figure)
+    "eigenlorax": (eigenlorax_rows, "vit_digits"),
+    "eigenlorax-ablation": (ablation_rows, "vit_ablation"),
+    "hra": (hra_rows, "vit_hra"),
+    "resora": (resora_rows, "vit_resora"),
+    "resora-lambda": (resora_lambda_rows, "vit_lambda"),
+}
+
+# ---------------------------------------------------------------- the command line
+
+
+@dataclass(frozen=True)
+class Config(common.Options):
+    """What a user may set."""
+
+    table: Literal[tuple(TABLES)] = "eigenlorax"  # the rows to compare
     backbone: str = "digits"  # digits, a hub name, or a folder in the hub's layout
-    data: str = "digits"  # digits, a hub name, or a folder in the hub's layout
+    data: str = "digits"  # digits, a hub name, or a folder that `datasets` can load
     label: str = ""  # column of the class, where a data set has several
     subsets: int = 5  # tasks that the classes are split into (not digits)
     classes: int = 20  # classes of a task (not digits)
     images: int = 0  # training images of a class, at most; 0: all (not digits)
-    image_size: int = 0  # pixels, height and width (not digits)
-    seeds: int = 0  # runs of each row and task, with seeds 0, 1, …
-    epochs: int = 0  # passes over a task's training images
-    batch_size: int = 0  # images of a step, all processes together
-    components: int = 0  # K of EigenLoRAx
-    rank: int = 0  # r of EigenLoRAx's coefficients
-    weight_decay: float = -1.0  # of AdamW; negative: the preset's
-    mixed_precision: str = "no"  # no, bf16 or fp16
-    lr: str = ""  # "ROW=RATE;…" instead of the preset's learning rates
-    quick: bool = False  # one seed, fewer epochs
-    tune: bool = False  # choose learning rates on the validation split, instead of testing
-    jobs: int = 0  # runs at a time, a thread each; 0: one per core for digits, else one
-    runs: str = "runs"  # folder for finished runs
-    out: str = ""  # JSON file for the results; the figure and its .md go beside it
+    image_size: int = 224  # pixels, height and width (not digits)
 
 
 PRESETS = {  # digits: chosen here, learning rates by --tune; paper: EigenLoRAx, Tables 5 and 6
-    "digits": dict(seeds=3, epochs=20, batch_size=25, components=16, rank=4, weight_decay=0.01),
-    "paper": dict(
-        seeds=5, epochs=10, batch_size=128, components=2, rank=1, weight_decay=0.1, image_size=224
-    ),
+    "digits": dict(seeds=3, epochs=20, batch_size=30, components=16, rank=4, weight_decay=0.01),
+    "paper": dict(seeds=5, epochs=10, batch_size=128, components=2, rank=1, weight_decay=0.1),
 }
+NOT_IN_THE_PAPER = ("Random subspace", "PiSSA r=4", "OFT", "BOFT", "HRA r=8, λ=0", "HRA r=8, λ=∞")
 LEARNING_RATES = {  # rows that name no rate of their own have that of the row they vary
     "digits": {  # figures/vit_tune.json has what they were chosen from
         "Full": 3e-3,
@@ -96,14 +202,9 @@ LEARNING_RATES = {  # rows that name no rate of their own have that of the row t
     "paper": {
         "Full": 1e-4,  # not in the paper
         "Base": 1e-2,  # not in the paper
-        "LoRA r=4": 1e-4,
-        "LoRA r=1": 1e-4,
-        "VeRA": 1e-4,
-        "EigenLoRAx-AUG": 1e-2,
-        "EigenLoRAx": 1e-2,
-        "EigenLoRAx-ZS": 1e-2,
-        **dict.fromkeys(("Random subspace", "PiSSA r=4", "OFT", "BOFT"), 1e-2),  # not in the paper
-        **dict.fromkeys(("HRA r=8, λ=0", "HRA r=8, λ=∞"), 1e-2),  # not in the paper
+        **dict.fromkeys(("LoRA r=4", "LoRA r=1", "VeRA"), 1e-4),
+        **dict.fromkeys(("EigenLoRAx-AUG", "EigenLoRAx", "EigenLoRAx-ZS"), 1e-2),
+        **dict.fromkeys(NOT_IN_THE_PAPER, 1e-2),
     },
 }
 GRID = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)  # learning rates that --tune tries
@@ -116,159 +217,46 @@ def preset(config: Config) -> str:
 
 def complete(config: Config) -> Config:
     """`config` with nothing left open. Raises ValueError for values that make no sense."""
-    if (config.data == "digits") != (config.backbone == "digits"):
-        raise ValueError(
-            f"found --backbone {config.backbone} with --data {config.data};"
-            " wanted both to be digits, or neither"
-        )
+    embedded = config.data == "digits"
+    jobs = common.cores() if embedded else 1
     some = {"seeds": 1} if config.quick else {}
-    config = common.filled(config, {**PRESETS[preset(config)], **some})
+    config = common.filled(config, {**PRESETS[preset(config)], "jobs": jobs, **some})
     if config.quick:
         config = replace(config, epochs=max(1, config.epochs // 3))
-    if not config.jobs:
-        config = replace(config, jobs=common.cores() if preset(config) == "digits" else 1)
     least = dict.fromkeys(("seeds", "epochs", "batch_size", "components", "rank", "jobs"), 1)
-    least |= {"subsets": 2, "classes": 2, "images": 0, "image_size": 0}
-    common.check_options(config, least, {"table": list(TABLES)})
-    others = len(VIEWS) - 1 if preset(config) == "digits" else config.subsets - 1
-    common.check_components(config.components, LORA["rank"], others)
+    least |= {"subsets": 2, "classes": 2, "images": 0, "image_size": 1}
+    common.check_options(config, least, "digits")
+    common.check_components(config.components, LORA["rank"], len(task_names(config)) - 1)
     return config
 
 
-# ---------------------------------------------------------------- rows of the tables
-
-
-LORA = row("LoRA r=4", "lora", rank=4)  # its adapters are the ones that EigenLoRAx recycles
-
-
-def eigenlorax_rows(config: Config) -> list[dict]:
-    """EigenLoRAx, Table 1, with a random subspace of the same size as control."""
-    size = {"components": config.components, "rank": config.rank}
-    recycled = dict(method="eigenlorax", recycle=LORA, **size)
-    few = min(8, config.components)  # directions of two rank-4 adapters
-    total = config.components if preset(config) == "digits" else 21  # the paper's "+1K"
-    return [
-        row("Full", "full"),
-        row("Base", "head"),
-        LORA,
-        row("LoRA r=1", "lora", rank=1),
-        row("VeRA", "vera", rank=64 if preset(config) == "digits" else 2),
-        row("EigenLoRAx-AUG", **{**recycled, "components": few}, adapters=2, pseudo=total - few),
-        row("EigenLoRAx", **recycled),
-        row("EigenLoRAx-ZS", **recycled, frozen=True),
-        row("Random subspace", "eigenlorax", **size),
-    ]
-
-
-def ablation_rows(config: Config) -> list[dict]:
-    """EigenLoRAx against K, r, the number of recycled adapters, noise in them, and its recipes."""
-    mine = lambda k, r, **o: dict(method="eigenlorax", components=k, rank=r, **o)  # noqa: E731
-    rows = [LORA, row("PiSSA r=4", "pissa", rank=4), row("VeRA", "vera", rank=64)]
-    for k in (1, 2, 4, 8, 12, 16, 20):
-        rows.append(row(f"K={k}", **mine(k, 4), recycle=LORA, rate="EigenLoRAx"))
-        rows.append(row(f"K={k}, random", **mine(k, 4), rate="Random subspace"))
-    for r in (1, 2, 8):
-        rows.append(row(f"K=16, r={r}", **mine(16, r), recycle=LORA, rate="EigenLoRAx"))
-    for n in (1, 2, 3, 4):
-        few = mine(4 * n, 4, adapters=n)
-        rows.append(row(f"{n} recycled", **few, recycle=LORA, rate="EigenLoRAx"))
-        few["pseudo"] = 20 - 4 * n
-        rows.append(row(f"{n} recycled, augmented", **few, recycle=LORA, rate="EigenLoRAx"))
-    for noise in (0.05, 0.15, 0.3, 1.0):
-        name = f"noise {100 * noise:.0f} %"
-        rows.append(row(name, **mine(16, 4, noise=noise), recycle=LORA, rate="EigenLoRAx"))
-    recycled = dict(**mine(16, 4), recycle=LORA, rate="EigenLoRAx")
-    start = row("K=16", **recycled)
-    rows.append(row("components trained too", **recycled, free=16))
-    rows.append(row("4 free directions added", **recycled, pseudo=4, free=4))
-    rows.append(row("coefficients twice as long", **recycled, start=start))
-    rows.append(row("coefficients, then components too", **recycled, start=start, free=16))
-    return rows
-
-
-def hra_rows(config: Config) -> list[dict]:
-    """HRA against r and λ, beside LoRA, OFT and BOFT of about the same size."""
-    rows = [row("LoRA r=1", "lora", rank=1), row("LoRA r=2", "lora", rank=2, rate="LoRA r=4"), LORA]
-    rows += [row("OFT", "oft", rank=16), row("BOFT", "boft", rank=8)]
-    for r in (2, 4, 8):
-        rows.append(row(f"HRA r={r}, λ=0", "hra", rank=r, rate="HRA r=8, λ=0"))
-        for lam in (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1):
-            name = f"HRA r={r}, λ={lam:.0e}".replace("e-0", "e-")
-            rows.append(row(name, "hra", rank=r, lam=lam, rate="HRA r=8, λ=0"))
-        rows.append(row(f"HRA r={r}, λ=∞", "hra", rank=r, strict=True, rate="HRA r=8, λ=∞"))
-    return rows
-
-
-LAMBDAS = {  # λ of ReSoRA, chosen on validation by --table resora-lambda, figures/vit_lambda.json
-    ("euclidean", "feature"): 1e-3,
-    ("cosine", "feature"): 0.1,
-    ("linear", "feature"): 1.0,
-    ("nonlinear", "feature"): 1e-3,
-    ("euclidean", "weight"): 1.0,
-    ("cosine", "weight"): 1e-2,
-    ("linear", "weight"): 1e-3,
-    ("nonlinear", "weight"): 1e-3,
-}
-
-
-def _resora(name: str, rank: int, **options) -> dict:
-    return row(f"r={rank}, {name}", "resora", rank=rank, rate="LoRA r=4", **options)
-
-
-def resora_rows(config: Config) -> list[dict]:
-    """LoRA, its second stage with λ = 0 and re-gauged (the controls), and with each metric."""
-    rows = []
-    for r in (2, 4, 8):
-        start = _resora("stage 1", r)
-        rows += [start, _resora("λ=0", r, start=start)]
-        rows.append(_resora("re-gauged", r, start=start, regauge=True))
-        once = dict(metric="linear", level="feature", lam=LAMBDAS["linear", "feature"])
-        rows.append(_resora("linear, one stage", r, stages=2, ramp=0.5, **once))
-        for (metric, level), lam in LAMBDAS.items():
-            if level == "feature" or r == 4:
-                options = dict(metric=metric, level=level, lam=lam, start=start)
-                rows.append(_resora(f"{metric}, {level}", r, **options))
-    return rows
-
-
-def resora_lambda_rows(config: Config) -> list[dict]:
-    """The second stage at r = 4 with every metric, level and λ: to choose λ on validation."""
-    start = _resora("stage 1", 4)
-    rows = [start, _resora("λ=0", 4, start=start)]
-    for metric, level in LAMBDAS:
-        for lam in (1e-3, 1e-2, 1e-1, 1.0):
-            options = dict(metric=metric, level=level, lam=lam, start=start)
-            rows.append(_resora(f"{metric}, {level}, λ={lam:g}", 4, **options))
-    return rows
-
-
-TABLES = {
-    "eigenlorax": eigenlorax_rows,
-    "eigenlorax-ablation": ablation_rows,
-    "hra": hra_rows,
-    "resora": resora_rows,
-    "resora-lambda": resora_lambda_rows,
-}
-FIGURES = {
-    "eigenlorax": "vit_digits",
-    "eigenlorax-ablation": "vit_ablation",
-    "hra": "vit_hra",
-    "resora": "vit_resora",
-    "resora-lambda": "vit_lambda",
-}
-
-
-def rates_of(config: Config) -> dict[str, float]:
-    """Learning rate of every row: --lr, else the preset's. Raises ValueError for unknown rows."""
-    return common.read_rates(config.lr, LEARNING_RATES[preset(config)])
-
-
-def specify(rows: list[dict], config: Config, rates: dict, seeds: Iterable[int]) -> list[dict]:
-    """Every run of the rows: row × task × seed, with its learning rate."""
-    return common.specify(rows, rates, tasks(config), seeds)
+def rows_and_rates(config: Config) -> tuple[list[dict], dict[str, float]]:
+    """The rows to compare, and every row's learning rate. Raises ValueError for unknown rows."""
+    rows = TABLES[config.table][0](config)
+    return common.rows_and_rates(config, rows, LORA, LEARNING_RATES[preset(config)])
 
 
 # ---------------------------------------------------------------- tasks
+
+VIEWS = ("rotate 90°", "rotate 180°", "mirror", "transpose", "invert", "shift")
+
+
+def view(images: torch.Tensor, name: str) -> torch.Tensor:
+    """A view of images (n, 1, 8, 8)."""
+    across = (-2, -1)
+    if name == "rotate 90°":
+        return images.rot90(1, across)
+    if name == "rotate 180°":
+        return images.rot90(2, across)
+    if name == "mirror":
+        return images.flip(-1)
+    if name == "transpose":
+        return images.mT
+    if name == "invert":
+        return 240 - images
+    if name == "shift":
+        return images.roll((4, 4), across)
+    return images
 
 
 @functools.cache
@@ -284,57 +272,14 @@ def digits() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     return {name: (images[part], labels[part]) for name, part in parts}
 
 
-def digit_task(view: str | None, seed: int | None) -> dict[str, common.ImageTask]:
+def digit_task(name: str, seed: int | None) -> dict[str, common.ImageTask]:
     """A view's splits; 300 training images that the seed draws, or all 1,000 without one."""
     splits = {}
-    for name, (images, labels) in digits().items():
-        if name == "train" and seed is not None:
+    for split, (images, labels) in digits().items():
+        if split == "train" and seed is not None:
             draw = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:300]
             images, labels = images[draw], labels[draw]
-        images = VIEWS[view](images).contiguous() if view else images
-        splits[name] = common.ImageTask(images, labels, mean=[0.3], std=[0.35])
-    return splits
-
-
-def class_subset(config: Config, task: str, seed: int) -> dict[str, common.ImageTask]:
-    """A subset of the classes of a data set: training (less a tenth), validation (it), test."""
-    data = image_data(config.data)
-    held_out = next((n for n in ("test", "validation", "valid", "val") if n in data), None)
-    if "train" not in data or held_out is None:
-        raise ValueError(f"{config.data} has the splits {list(data)}; wanted train and test")
-    columns = data["train"].features
-    image = next((n for n, f in columns.items() if type(f).__name__ == "Image"), None)
-    if image is None:
-        raise ValueError(f"{config.data} has the columns {list(columns)}; wanted one of images")
-    label = label_column(data["train"], config.label)
-    found = data["train"].features[label].num_classes
-    if config.subsets * config.classes > found:
-        raise ValueError(
-            f"found {found} classes in {config.data}; wanted {config.subsets} × {config.classes}"
-        )
-    generator = torch.Generator().manual_seed(seed)
-    part = tasks(config).index(task)
-    kept = torch.randperm(found, generator=generator)[part * config.classes :][: config.classes]
-    new_label = torch.full((found,), -1)
-    new_label[kept] = torch.arange(config.classes)
-    mean, std = image_statistics(config.backbone)
-    splits = {}
-    for name, source in {"train": "train", "test": held_out}.items():
-        labels = new_label[torch.tensor(data[source][label])]
-        chosen = (labels >= 0).nonzero().squeeze(1)
-        chosen = chosen[torch.randperm(len(chosen), generator=generator)]
-        parts = {name: chosen}
-        if name == "train":
-            if config.images:  # as many of each class as asked for
-                rank_in_class = torch.nn.functional.one_hot(labels[chosen]).cumsum(0)
-                chosen = chosen[
-                    rank_in_class.gather(1, labels[chosen, None]).squeeze(1) <= config.images
-                ]
-            tenth = max(1, len(chosen) // 10)
-            parts = {"train": chosen[tenth:], "validation": chosen[:tenth]}
-        for split, rows in parts.items():
-            pixels = decode(data[source], image, rows.tolist(), config.image_size)
-            splits[split] = common.ImageTask(pixels, labels[rows], mean, std)
+        splits[split] = common.ImageTask(view(images, name), labels, mean=[0.3], std=[0.35])
     return splits
 
 
@@ -345,12 +290,67 @@ def image_data(name: str):
 
 
 def label_column(data, wanted: str) -> str:
-    """The column of the class: `wanted`, else fine_label or the only one there is."""
-    found = [name for name, feature in data.features.items() if hasattr(feature, "num_classes")]
-    choice = wanted or ("fine_label" if "fine_label" in found else found[0] if found else "")
-    if choice not in found:
-        raise ValueError(f"found the class columns {found}; wanted {choice or 'one'} (--label)")
-    return choice
+    """The column of the class: `wanted`, else fine_label or the first one there is."""
+    found = [name for name, kind in data.features.items() if hasattr(kind, "num_classes")]
+    if wanted in found:
+        return wanted
+    if wanted or not found:
+        raise ValueError(f"found the class columns {found}; wanted {wanted or 'one'} (--label)")
+    return "fine_label" if "fine_label" in found else found[0]
+
+
+def columns_of(data, config: Config) -> tuple[str, str, str]:
+    """The name of the reported split, and of the columns of images and classes."""
+    held_out = [name for name in ("test", "validation", "valid", "val") if name in data]
+    if "train" not in data or not held_out:
+        raise ValueError(f"{config.data} has the splits {list(data)}; wanted train and test")
+    kinds = {type(kind).__name__: name for name, kind in data["train"].features.items()}
+    if "Image" not in kinds:
+        found = data["train"].column_names
+        raise ValueError(f"{config.data} has the columns {found}; wanted one of images")
+    label = label_column(data["train"], config.label)
+    found = data["train"].features[label].num_classes
+    if config.subsets * config.classes > found:
+        wanted = f"{config.subsets} × {config.classes}"
+        raise ValueError(f"found {found} classes in {config.data}; wanted {wanted}")
+    return held_out[0], kinds["Image"], label
+
+
+def class_subset(config: Config, task: str, seed: int) -> dict[str, common.ImageTask]:
+    """A subset of the classes of a data set: training (less a tenth), validation (it), test."""
+    data = image_data(config.data)
+    held_out, image, label = columns_of(data, config)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(data["train"].features[label].num_classes, generator=generator)
+    start = task_names(config).index(task) * config.classes
+    new_label = torch.full((len(order),), -1)
+    new_label[order[start : start + config.classes]] = torch.arange(config.classes)
+    rows, labels = {}, {}
+    for split in ("train", held_out):
+        labels[split] = new_label[torch.tensor(data[split][label])]
+        chosen = (labels[split] >= 0).nonzero().squeeze(1)
+        rows[split] = chosen[torch.randperm(len(chosen), generator=generator)]
+    if config.images:
+        rows["train"] = some_of_each(rows["train"], labels["train"], config.images)
+    tenth = max(1, len(rows["train"]) // 10)
+    parts = {
+        "train": ("train", rows["train"][tenth:]),
+        "validation": ("train", rows["train"][:tenth]),
+        "test": (held_out, rows[held_out]),
+    }
+    statistics = image_statistics(config.backbone)
+    splits = {}
+    for name, (split, chosen) in parts.items():
+        pixels = decode(data[split], image, chosen.tolist(), config.image_size)
+        splits[name] = common.ImageTask(pixels, labels[split][chosen], *statistics)
+    return splits
+
+
+def some_of_each(rows: torch.Tensor, labels: torch.Tensor, count: int) -> torch.Tensor:
+    """The first `count` rows of each class, in their order."""
+    seen = torch.nn.functional.one_hot(labels[rows]).cumsum(0)  # (n, classes)
+    number = seen.gather(1, labels[rows, None]).squeeze(1)  # of its class, from 1
+    return rows[number <= count]
 
 
 def image_statistics(backbone: str) -> tuple[list[float], list[float]]:
@@ -366,14 +366,18 @@ def image_statistics(backbone: str) -> tuple[list[float], list[float]]:
 def decode(data, column: str, rows: list[int], size: int) -> torch.Tensor:
     """Images as uint8 (n, 3, size, size): the shorter side resized, the middle cut out."""
     import numpy as np
-    from PIL import ImageOps
+    from PIL import Image, ImageOps
 
-    fit = lambda image: ImageOps.fit(image.convert("RGB"), (size, size), method=3)  # noqa: E731
-    images = [np.asarray(fit(data[i][column])) for i in rows]  # 3: bicubic
+    images = []
+    for i in rows:
+        square = ImageOps.fit(
+            data[i][column].convert("RGB"), (size, size), Image.Resampling.BICUBIC
+        )
+        images.append(np.asarray(square))
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 
 
-def tasks(config: Config) -> list[str]:
+def task_names(config: Config) -> list[str]:
     """The names of the tasks."""
     if config.data == "digits":
         return list(VIEWS)
@@ -383,102 +387,78 @@ def tasks(config: Config) -> list[str]:
 def load(config: Config, task: str, seed: int) -> dict[str, common.ImageTask]:
     """The training, validation and test images of a task."""
     if config.data == "digits":
-        return digit_task(task, 10 * seed + tasks(config).index(task))
+        return digit_task(task, 10 * seed + VIEWS.index(task))
     return class_subset(config, task, seed)
 
 
 # ---------------------------------------------------------------- runs
 
+PRETRAINING = {"epochs": 30, "batch_size": 50, "lr": 2e-3, "weight_decay": 0.05}
+
 
 def digits_backbone(config: Config) -> Path:
-    """The folder of a small ViT pretrained on upright digits; made where it is missing."""
-    from transformers import ViTConfig, ViTForImageClassification, set_seed
-
-    epochs = max(2, 3 * config.epochs // 2)
-    recipe = dict(epochs=epochs, batch_size=25, lr=2e-3, weight_decay=0.05)
-    code = common.code_fingerprint(common, sys.modules[__name__])
-    folder = Path(config.runs) / f"digits-vit-{common.fingerprint([recipe, code])}"
+    """The folder of a small ViT that knows the upright digits: made once, for all tables."""
+    code = [common.source_of(common.__file__), common.source_of(__file__)]
+    made_by = [PRETRAINING, config.mixed_precision, code, common.environment()]
+    folder = Path(config.runs) / f"digits-vit-{common.fingerprint(made_by)}"
     if folder.exists():
         return folder
-    set_seed(0)
-    model = ViTForImageClassification(
-        ViTConfig(
-            image_size=8,
-            patch_size=2,
-            num_channels=1,
-            num_labels=10,
-            hidden_size=64,
-            num_hidden_layers=4,
-            num_attention_heads=2,
-            intermediate_size=128,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-        )
-    )
-    data = digit_task(None, None)["train"]
-    common.train(
-        model,
-        data,
-        common.accelerator(mixed_precision=config.mixed_precision),
-        seed=0,
-        collate=data.collate,
-        describe="pretraining on upright digits",
-        **recipe,
-    )
+    common.transformers.set_seed(0)
+    sizes = {"image_size": 8, "patch_size": 2, "num_channels": 1, "num_labels": 10}
+    sizes |= {"hidden_size": 64, "intermediate_size": 128}
+    sizes |= {"num_hidden_layers": 4, "num_attention_heads": 2}
+    sizes |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model = common.transformers.ViTForImageClassification(common.transformers.ViTConfig(**sizes))
+    images = digit_task("upright", None)["train"]
+    accelerate = common.accelerator(config.mixed_precision)
+    label = "pretraining on upright digits"
+    common.train(model, images, accelerate, seed=0, label=label, **PRETRAINING)
     with common.replacing(folder) as temporary:
         model.base_model.save_pretrained(temporary)
-        save_file(model.classifier.state_dict(), temporary / "head.safetensors")
+        common.save_file(model.classifier.state_dict(), temporary / "head.safetensors")
     common.meet()
     return folder
 
 
 def run(spec: dict, config: Config, backbone: str, folder: Path) -> dict:
     """Train and score one row on one task with one seed: accuracies and sizes, JSON-like."""
-    from transformers import set_seed
-
-    names = tasks(config)
+    names = task_names(config)
     seed = 1000 * spec["seed"] + names.index(spec["task"])
     data = load(config, spec["task"], spec["seed"])
-    set_seed(seed)  # of the head
+    common.transformers.set_seed(seed)  # of the head
     trunk = common.load_backbone(backbone, 10 if config.data == "digits" else config.classes)
-    model, modules, result = common.fit(
-        spec,
-        trunk,
-        data,
-        names,
-        folder,
-        seed,
-        mixed_precision=config.mixed_precision,
-        epochs=config.epochs * spec.get("stages", 1),
-        batch_size=config.batch_size,
-        lr=spec["lr"],
-        weight_decay=config.weight_decay,
-    )
+    training = {
+        "epochs": config.epochs * spec.get("stages", 1),
+        "batch_size": config.batch_size,
+        "lr": spec["lr"],
+        "weight_decay": config.weight_decay,
+        "mixed_precision": config.mixed_precision,
+    }
+    model, result = common.fit(spec, trunk, data, names, folder, seed, **training)
     if spec["method"] == "resora":
-        result["correlations"] = correlations(model, modules, data["validation"])
+        result["correlations"] = correlations(model, data["validation"])
     if config.data == "digits":  # what the adapted trunk still knows of the upright digits
-        trunk.classifier.load_state_dict(load_file(Path(backbone) / "head.safetensors"))
-        upright = digit_task(None, None)["test"]
-        accelerate = common.accelerator(mixed_precision=config.mixed_precision)
-        result["source"] = common.evaluate(model, upright, accelerate, collate=upright.collate)
+        trunk.classifier.load_state_dict(common.load_file(Path(backbone) / "head.safetensors"))
+        upright = digit_task("upright", None)["test"]
+        accelerate = common.accelerator(config.mixed_precision)
+        result["source"] = common.evaluate(model, upright, accelerate)
     return result
 
 
 @torch.no_grad()
-def correlations(model, modules: dict, data: common.ImageTask) -> dict[str, list[list[float]]]:
+def correlations(model, data: common.ImageTask) -> dict[str, list[list[float]]]:
     """{layer: squared correlations (r, r) of its codes on `data`, all tokens as samples}."""
-    found = {}
+    found, hooks = {}, []
 
     def record(name: str, module, inputs: tuple) -> None:
-        codes = inputs[0].flatten(0, -2) @ module.A.T
-        found[name] = [[round(c**2, 4) for c in row] for row in codes.T.corrcoef().tolist()]
+        codes = inputs[0].flatten(0, -2) @ module.A.T  # (tokens, r)
+        squares = codes.T.corrcoef() ** 2
+        found[name] = [[round(value, 4) for value in line] for line in squares.tolist()]
 
-    hooks = [
-        module.register_forward_pre_hook(functools.partial(record, name))
-        for name, module in modules.items()
-    ]
-    batch = data.collate(list(range(len(data))))
-    model(**{k: v.to(model.device) for k, v in batch.items()})
+    for name, module in common.layers_of(model, resora.LoRALinear).items():
+        hooks.append(module.register_forward_pre_hook(functools.partial(record, name)))
+    images = torch.stack([example["pixel_values"] for example in data])
+    model(images.to(model.device))
     for hook in hooks:
         hook.remove()
     return found
@@ -502,43 +482,51 @@ def finish(specs: list[dict], config: Config, backbone: str, results: common.Res
 
 def prepare(config: Config) -> tuple[str, common.Results]:
     """The backbone's folder or name, and where the runs of this configuration are kept."""
-    common.check_places(config, embedded=config.data == "digits")
+    common.check_places(config, "digits")
     backbone, made = config.backbone, {}
     if config.data == "digits":
         torch.set_num_threads(1)  # so small a model is no faster with two; --jobs changes nothing
         backbone = str(digits_backbone(config))
-        made = {"backbone": Path(backbone).name, "data": config.data}
-    return backbone, common.results_of(config, "vit", sys.modules[__name__], **made)
+        made = {"backbone": common.hash_of(backbone), "data": config.data}
+    return backbone, common.results_of(config, "vit", __file__, **made)
 
 
 def compare(config: Config) -> None:
     """Make every run of the table; print it, write the JSON and draw the figure."""
-    specs = specify(TABLES[config.table](config), config, rates_of(config), range(config.seeds))
+    rows, rates = rows_and_rates(config)
+    specs = common.specify(rows, rates, task_names(config), range(config.seeds))
     backbone, results = prepare(config)
-    other = config.table == "eigenlorax" and preset(config) == "paper"
-    figure = "vit_cifar" if other else FIGURES[config.table]
-    out = Path(config.out or results.folder / f"{figure}.json")
+    figure = TABLES[config.table][1]
+    if config.rows:
+        figure = "plots"
+    elif figure == "vit_digits" and config.data != "digits":
+        figure = "vit_cifar"
+    name = "vit_rows" if config.rows else figure
+    out = Path(config.out or results.folder / f"{name}.json")
     note = f"Accuracy in per cent on the test split, mean over {config.seeds} seed(s)."
     runs = finish(specs, config, backbone, results)
     means = mean_correlations(runs)
     about = {"correlations": means} if figure == "vit_resora" else {}
-    common.report(config, out, runs, figure, note, **about)
+    common.report(config, out, runs, figure, note, weights=common.hash_of(backbone), **about)
 
 
 def tune(config: Config) -> None:
     """Choose every row's learning rate on the validation split."""
     backbone, results = prepare(config)
     out = Path(config.out or results.folder / "vit_tune.json")
-    rows = [r for table in TABLES.values() for r in table(config)]
+    rows = [r for table, _ in TABLES.values() for r in table(config)]
     make = functools.partial(finish, config=config, backbone=backbone, results=results)
-    common.tune(config, out, rows, LEARNING_RATES[preset(config)], GRID, tasks(config), make)
+    rates = LEARNING_RATES[preset(config)]
+    common.tune(config, out, rows, rates, GRID, task_names(config), make)
 
 
 def main() -> None:
     """Read the command line and do what it says."""
-    config = complete(common.parse(Config))
+    config = complete(common.parse(Config, PRESETS))
     (tune if config.tune else compare)(config)
 
 
 if __name__ == "__main__":
-    common.one_line_errors(main)
+    import train_vit  # by its name, under which worker processes find what is in it
+
+    common.one_line_errors(train_vit.main)

@@ -8,7 +8,7 @@ import statistics
 from pathlib import Path
 
 import common
-from figures import glue_minilm
+from figures import glue_minilm, plots
 from resora import METRICS
 
 FOLDER = Path(__file__).parent
@@ -28,7 +28,7 @@ WHERE = {  # how the table calls each results file, and what it says of it once
     "vit_resora": ("digits", "ViT of width 64"),
 }
 CLOSE = {"least": -1.0}
-FASTER = {"score": common.log_loss}
+FASTER = {"score": plots.log_loss}
 # paper, its claim, what it prints, the results that we have, the rows compared
 ASKED = [
     ("HRA", "beats LoRA", "+1.6, GLUE (8 tasks), half its size", [
@@ -88,7 +88,7 @@ def table() -> str:
         cells = []
         for name, rows, others, options in results:
             data = read(name)
-            _, difference, said = common.judge(data, claim, rows, others, **options)
+            _, difference, said = plots.judge(data, claim, rows, others, **options)
             where = WHERE[name][0]
             if name == "vit_resora":
                 where += f", {rows[0].partition(',')[0]}"
@@ -120,7 +120,7 @@ def scores(name: str, *rows: str) -> str:
     data = read(name)
     size, found = {r["row"]: r["trainable"] for r in data["rows"]}, []
     for row in rows:
-        mean, std = common.over_seeds(data, row, "test")
+        mean, std = plots.over_seeds(data, row, "test")
         found.append(f"{row} {100 * mean:.1f} ± {100 * std:.1f} ({size[row]:,})")
     return "; ".join(found) + "."
 
@@ -171,7 +171,7 @@ def hra() -> str:
     data = read("vit_hra")
 
     def score(row: str, field: str = "test") -> str:
-        mean, std = common.over_seeds(data, row, field)
+        mean, std = plots.over_seeds(data, row, field)
         return f"{100 * mean:.1f} ± {100 * std:.1f}"
 
     kept = [score(f"HRA r=8, λ={lam}", "source") for lam in ("0", "1e-1")]

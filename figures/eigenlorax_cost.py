@@ -1,7 +1,7 @@
 """What exact components cost: draws eigenlorax_cost.png from eigenlorax_cost.json.
 
-python figures/eigenlorax_cost.py                     draw
-python figures/eigenlorax_cost.py --measure [--quick]  measure first (on a quiet machine)
+python -m figures.eigenlorax_cost                     draw
+python -m figures.eigenlorax_cost --measure [--quick]  measure first (on a quiet machine)
 
 Three measurements: a usual folder of adapters against vlora and lorashare (extra bench; skipped,
 and said so, where they are not installed) and against plain decompositions; one large stack
@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 
 import common
 from eigenlorax import lora_pairs, principal_components, recycle
+from figures import plots
 
 FULL = {
     "folder": dict(adapters=20, modules=24, d=768, r=8, K=32, rounds=7),
@@ -204,7 +205,7 @@ def draw(source: Path) -> Path:
     """Draw the figure beside its JSON; returns the path of the PNG."""
     report = common.read_json(source)
     found, setting = report["results"], report["setting"]
-    figure, axes = common.plotting().subplots(2, 2, figsize=(11, 6), layout="constrained")
+    figure, axes = plots.plotting().subplots(2, 2, figsize=(11, 6), layout="constrained")
     titles = {
         "memory": "{adapters} adapters, {modules} modules, d = {d}, r = {r}, K = {K}, from memory",
         "disk": "the same, from disk",
@@ -235,7 +236,7 @@ def draw(source: Path) -> Path:
     last.set_title(
         "{adapters} adapters on disk: peak memory".format(**setting["disk"]), fontsize="medium"
     )
-    return common.save_figure(figure, source)
+    return plots.save_figure(figure, source)
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Many tasks in one batch: draws eigenlorax_serving.png from eigenlorax_serving.json.
 
-python figures/eigenlorax_serving.py                     draw
-python figures/eigenlorax_serving.py --measure [--quick]  measure first (on a quiet machine)
+python -m figures.eigenlorax_serving                     draw
+python -m figures.eigenlorax_serving --measure [--quick]  measure first (on a quiet machine)
 
 A stack of adapted Linears and nothing else, so that what is compared is the adapters: one
 sequence for each task, through EigenLoRAx with one index per sequence, through PEFT's LoRA with
@@ -20,6 +20,7 @@ from torch import nn
 
 import common
 from eigenlorax import adapt, recycle, serving, set_task, to_bank
+from figures import plots
 
 FULL = dict(widths=[384, 768], layers=8, rank=8, K=16, noise=0.05, rounds=15)
 FULL |= dict(tasks=[1, 8, 64], tokens=[1, 32])
@@ -150,7 +151,7 @@ def draw(source: Path) -> Path:
     for case in result["cases"]:
         cases.setdefault((case["d"], case["tokens"]), []).append(case)
     panels = [(d, n) for d in setting["widths"] for n in setting["tokens"]]
-    figure, axes = common.plotting().subplots(
+    figure, axes = plots.plotting().subplots(
         1, 1 + len(panels), figsize=(3.4 * (1 + len(panels)), 3.8), layout="constrained"
     )
     for axis, panel in zip(axes, [panels[-1], *panels], strict=True):
@@ -177,7 +178,7 @@ def draw(source: Path) -> Path:
         axis.set_ylabel("MiB held beyond the base" if memory else "sequences per second")
         axis.set(xscale="log", yscale="log", xlabel="tasks = sequences in the batch")
         axis.legend(fontsize="x-small")
-    return common.save_figure(figure, source)
+    return plots.save_figure(figure, source)
 
 
 def main() -> None:

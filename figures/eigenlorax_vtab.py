@@ -1,7 +1,7 @@
 """What recycled real adapters share: draws eigenlorax_vtab.png from eigenlorax_vtab.json.
 
-python figures/eigenlorax_vtab.py                          draw
-python figures/eigenlorax_vtab.py --measure --adapters DIR  measure every PEFT LoRA folder in DIR
+python -m figures.eigenlorax_vtab                          draw
+python -m figures.eigenlorax_vtab --measure --adapters DIR  measure every PEFT LoRA folder in DIR
 """
 
 import argparse
@@ -12,6 +12,7 @@ import torch
 
 import common
 from eigenlorax import principal_components
+from figures import plots
 
 SIDES = {"A": 1, "B": 0}  # which half of the pair (B, A), turned so that its vectors are rows
 
@@ -95,7 +96,7 @@ def measure(folder: Path, modules: int | None, seed: int) -> dict:
 def draw(source: Path) -> Path:
     """Draw the figure beside its JSON; returns the path of the PNG."""
     result = common.read_json(source)
-    figure, axes = common.plotting().subplots(
+    figure, axes = plots.plotting().subplots(
         2, 3, figsize=(12, 6.5), layout="constrained", sharey="col"
     )
     tasks = result["setting"]["adapters"]
@@ -129,7 +130,7 @@ def draw(source: Path) -> Path:
             axis.legend(fontsize="small")
     where = f"{result['setting']['modules']} modules, {len(tasks)} adapters"
     figure.suptitle(f"Mean over {where}; control: white noise of each adapter's norm")
-    return common.save_figure(figure, source)
+    return plots.save_figure(figure, source)
 
 
 def main() -> None:

@@ -1,18 +1,19 @@
 """Draw glance.png from glance.json: what each of the three methods freezes, trains and multiplies.
 
-python figures/glance.py [JSON]
+python -m figures.glance [JSON]
 """
 
 import sys
 from pathlib import Path
 
 import common
+from figures import plots
 
 
 def draw(source: str | Path) -> Path:
     """Draw the figure beside its JSON; returns the path of the PNG."""
     data = common.read_json(source)
-    plt = common.plotting()
+    plt = plots.plotting()
     size = (12, 3.2)
     figure, panels = plt.subplots(1, len(data["panels"]), figsize=size, layout="constrained")
     for axes, panel in zip(panels, data["panels"], strict=True):
@@ -36,7 +37,7 @@ def draw(source: str | Path) -> Path:
         for kind in data["kinds"].values()
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
-    return common.save_figure(figure, source)
+    return plots.save_figure(figure, source)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """Draw glue_docs.png and .md from glue_docs.json: what each row reaches on the docstrings' tasks.
 
-python figures/glue_docs.py [JSON]      The JSON is written by train_glue.py --out.
+python -m figures.glue_docs [JSON]      The JSON is written by train_glue.py --out.
 """
 
 import sys
 from pathlib import Path
 
 import common
+from figures import plots
 
 
 def draw(source: str | Path) -> Path:
@@ -16,7 +17,7 @@ def draw(source: str | Path) -> Path:
     if "corpus" in data:
         where = f"docstrings of Python {data['corpus']['python']}"
     title = f"{where}: {data['config']['train'] or 'all'} training rows a task"
-    return common.draw_bars(source, "test score × 100", title)
+    return plots.draw_bars(source, "test score × 100", title)
 
 
 if __name__ == "__main__":

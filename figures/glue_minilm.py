@@ -1,6 +1,6 @@
 """Draw glue_minilm.png and .md from glue_minilm.json: EigenLoRAx's and HRA's tables on real GLUE.
 
-python figures/glue_minilm.py [JSON]
+python -m figures.glue_minilm [JSON]
 The JSON is written by train_glue.py --backbone MINILM --data GLUE --train 320 --evaluate 200
 --mixed-precision bf16 --table all --out figures/glue_minilm.json.
 """
@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 import common
-from common import over_seeds
+from figures import plots
+from figures.plots import over_seeds
 
 LAMBDAS = ["0", "1e-5", "1e-3", "∞"]
 # Trained numbers and mean over our six tasks: EigenLoRAx, Tables 2 and 3 (RoBERTa-base), and HRA,
@@ -36,7 +37,7 @@ PAPERS = {
 
 def table(data: dict) -> str:
     """README's Markdown table, with what the papers print for their own backbones."""
-    first, rule, *lines = common.as_table(data["rows"]).splitlines()
+    first, rule, *lines = plots.as_table(data["rows"]).splitlines()
     out = [f"{first} papers: size, mean |", f"{rule} --- |"]
     for r, line in zip(data["rows"], lines, strict=True):
         out.append(f"{line} {PAPERS.get(r['row'], '')} |")
@@ -52,14 +53,14 @@ def moderate(data: dict) -> str:
 def claims(data: dict) -> list[tuple[str, str, str]]:
     """Each claim of the papers, the paired difference, and what it says."""
     size = {r["row"]: r["trainable"] for r in data["rows"]}
-    asked = []  # the claim, the rows compared, and what `common.judge` needs beyond
+    asked = []  # the claim, the rows compared, and what `plots.judge` needs beyond
     ours = ["EigenLoRAx"]
     for other in ("LoRA r=32", "LoRA r=8"):
         times = f"{size[other] / size['EigenLoRAx']:.0f}× fewer trained numbers"
         claim = f"EigenLoRAx is within a point of {other} with {times}"
-        asked.append((claim, ours, [other], common.points, -1.0))
+        asked.append((claim, ours, [other], plots.points, -1.0))
     for other in ("LoRA r=32", "LoRA r=8", "VeRA", "PiSSA r=32"):
-        asked.append((f"EigenLoRAx converges faster than {other}", ours, [other], common.log_loss))
+        asked.append((f"EigenLoRAx converges faster than {other}", ours, [other], plots.log_loss))
     for other in ("EigenLoRAx + random", "Random subspace"):
         asked.append((f"EigenLoRAx-AUG is above {other}", ["EigenLoRAx-AUG"], [other]))
     hra = "HRA r=8, λ=0"
@@ -72,12 +73,12 @@ def claims(data: dict) -> list[tuple[str, str, str]]:
         asked.append((claim, [best], [other]))
     claim = "ReSoRA's second stage is above LoRA's"
     asked.append((claim, ["ReSoRA, stage 2"], ["LoRA, stage 2"]))
-    return [common.judge(data, *question) for question in asked]
+    return [plots.judge(data, *question) for question in asked]
 
 
 def verdicts(data: dict) -> str:
     """`claims` as a Markdown table."""
-    return common.claims_table(claims(data))
+    return plots.claims_table(claims(data))
 
 
 def curve(data: dict, row: str) -> list[float]:
@@ -96,12 +97,12 @@ def draw(source: str | Path) -> Path:
     data = common.read_json(source)
     text = f"{table(data)}\n\n{verdicts(data)}\n"
     Path(source).with_suffix(".md").write_text(text, encoding="utf-8")
-    plt = common.plotting()
+    plt = plots.plotting()
     figure, panels = plt.subplot_mosaic(
         [["rows", "losses"], ["rows", "lambdas"]], figsize=(13, 8), layout="constrained"
     )
     rows, losses, lambdas = (panels[name] for name in ("rows", "losses", "lambdas"))
-    common.bars(rows, data["rows"])
+    plots.bars(rows, data["rows"])
     rows.tick_params(axis="y", labelsize="small")
     rows.set_title("Score × 100: mean ± std over seeds; strokes: the tasks", fontsize="medium")
 
@@ -114,10 +115,10 @@ def draw(source: str | Path) -> Path:
     losses.set_title("Convergence: mean over tasks and seeds", fontsize="medium")
     losses.legend(frameon=False, fontsize="small")
 
-    common.sweep(lambdas, data, {value: f"HRA r=8, λ={value}" for value in LAMBDAS}, "LoRA r=8")
+    plots.sweep(lambdas, data, {value: f"HRA r=8, λ={value}" for value in LAMBDAS}, "LoRA r=8")
     lambdas.set_xlabel("λ, weight of the penalty")
     lambdas.set_title("HRA r=8 against λ", fontsize="medium")
-    return common.save_figure(figure, source)
+    return plots.save_figure(figure, source)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Draw lecture.png from lecture.json: what each of the three methods does, one claim a panel.
 
-python figures/lecture.py             draw
-python figures/lecture.py --measure   compute first (seconds), then draw
+python -m figures.lecture             draw
+python -m figures.lecture --measure   compute first (seconds), then draw
     --out JSON     another file than lecture.json
 
 mirrors   x, H₂x and H₁H₂x in the plane, by `reflect`, and the mirrors, which are at right angles to
@@ -24,8 +24,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common import environment, one_line_errors, plotting, read_json, save_figure, write_json
+from common import environment, one_line_errors, read_json, write_json
 from eigenlorax import augment, principal_components
+from figures.plots import plotting, save_figure
 from hra import reflect
 from resora import METRICS, redundancy, regauge
 

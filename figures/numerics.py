@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Draw numerics.png and write numerics.md from numerics.json: errors against float64, and drift.
 
-python figures/numerics.py               draw
-python figures/numerics.py --measure     measure first (a minute), then draw
+python -m figures.numerics               draw
+python -m figures.numerics --measure     measure first (a minute), then draw
 
 An error is max|found − wanted| / max|wanted|, the worst over sizes and seeds; `wanted` is the
 float64 oracle on the numbers as the dtype holds them. Bounds are in units of the dtype's eps. Drift
@@ -22,6 +22,7 @@ import common
 import eigenlorax
 import hra
 import resora
+from figures import plots
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FULL = {"sizes": [64, 256, 768], "r": 8, "seeds": 5, "steps": 10_000, "rounds": 20, "between": 50}
@@ -206,7 +207,7 @@ def draw(source: str | Path) -> Path:
     data = common.read_json(source)
     with common.replacing(Path(source).with_suffix(".md")) as temporary:
         temporary.write_text(page(data), encoding="utf-8")
-    figure, axes = common.plotting().subplots(1, 3, figsize=(12, 4), layout="constrained")
+    figure, axes = plots.plotting().subplots(1, 3, figsize=(12, 4), layout="constrained")
     names = list(dict.fromkeys(f"{c['method']}: {c['quantity']}" for c in data["errors"]))
     styles = dict(zip(DTYPES, ("D", "o", "^"), strict=True))
     for dtype, marker in styles.items():
@@ -233,7 +234,7 @@ def draw(source: str | Path) -> Path:
         )
     axes[2].set(yscale="log", xlabel="round of training and merging", ylabel="error of W' in eps")
     axes[2].set(title="Merging again: within four eps")
-    return common.save_figure(figure, source)
+    return plots.save_figure(figure, source)
 
 
 if __name__ == "__main__":

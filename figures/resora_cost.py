@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Draw resora_cost.png from resora_cost.json: what ReSoRA adds to a training step of a transformer.
 
-python figures/resora_cost.py                draw
-python figures/resora_cost.py --measure      measure first (ten minutes on two cores), then draw
+python -m figures.resora_cost                draw
+python -m figures.resora_cost --measure      measure first (ten minutes on two cores), then draw
     --quick        tiny sizes, to see that it runs
     --out JSON     another file than resora_cost.json
 
@@ -27,17 +27,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common import (
-    environment,
-    one_line_errors,
-    plotting,
-    read_json,
-    save_figure,
-    targets_of,
-    write_json,
-)
+from common import environment, one_line_errors, read_json, targets_of, write_json
+from figures.plots import plotting, save_figure
 from resora import METRICS, LoRALinear, ReSoRA, adapt, redundancy_dense
 
+ROOT = Path(__file__).parents[1]
 FULL = {
     "hidden": 384,
     "layers": 12,
@@ -169,8 +163,10 @@ def peak_bytes(plan: dict, r: int, contender: str) -> int:
 
 
 def peak_in_new_process(plan: dict, r: int, contender: str) -> int:
-    arguments = [sys.executable, __file__, "--peak", json.dumps([plan, r, contender])]
-    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    arguments = ["-m", "figures.resora_cost", "--peak", json.dumps([plan, r, contender])]
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     return int(done.stdout.split()[-1])
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Draw resora_sees.png from resora_sees.json: what each redundancy metric can and cannot see.
 
-python figures/resora_sees.py                draw
-python figures/resora_sees.py --measure      compute first (seconds), then draw
+python -m figures.resora_sees                draw
+python -m figures.resora_sees --measure      compute first (seconds), then draw
     --quick        two draws, to see that it runs
     --out JSON     another file than resora_sees.json
 
@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from common import environment, one_line_errors, plotting, read_json, save_figure, write_json
+from common import environment, one_line_errors, read_json, write_json
+from figures.plots import plotting, save_figure
 from resora import METRICS, redundancy, regauge
 
 PLAN = {"r": 4, "o": 64, "d": 64, "N": 1000, "draws": 50, "seed": 0}

@@ -27,7 +27,7 @@ import common
 import eigenlorax
 import hra
 import resora
-from figures import eigenlorax_cost, eigenlorax_serving, hra_cost, resora_cost
+from figures import eigenlorax_cost, eigenlorax_serving, hra_cost, plots, resora_cost
 
 HERE = Path(__file__).with_suffix(".json")
 FULL = {
@@ -289,7 +289,7 @@ def draw(source: Path) -> Path:
     data = common.read_json(source)
     with common.replacing(source.with_suffix(".md")) as temporary:
         temporary.write_text(table(data) + "\n", encoding="utf-8")
-    figure, axes = common.plotting().subplots(2, 3, figsize=(12, 7), layout="constrained")
+    figure, axes = plots.plotting().subplots(2, 3, figsize=(12, 7), layout="constrained")
     off = []
     for axis, (size, names) in zip(axes.flat, CURVES.items(), strict=True):
         for name, look in zip(names, ("0.0 o", "0.35 s", "0.55 ^", "0.7 D", "0.2 v"), strict=False):
@@ -313,7 +313,7 @@ def draw(source: Path) -> Path:
         f" the points are within a factor of {max(off):.1f}",
         fontsize="medium",
     )
-    return common.save_figure(figure, source)
+    return plots.save_figure(figure, source)
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Draw vit_ablation.png and .md from vit_ablation.json: EigenLoRAx against K, r, adapters, noise.
 
-python figures/vit_ablation.py [JSON]
+python -m figures.vit_ablation [JSON]
 The JSON is written by train_vit.py --table eigenlorax-ablation --out figures/vit_ablation.json.
 """
 
@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import common
-from common import over_seeds
+from figures import plots
+from figures.plots import over_seeds
 
 
 def table(data: dict) -> str:
@@ -26,7 +27,7 @@ def draw(source: str | Path) -> Path:
     data = common.read_json(source)
     Path(source).with_suffix(".md").write_text(table(data), encoding="utf-8")
     rows = {r["row"]: r for r in data["rows"]}
-    plt = common.plotting()
+    plt = plots.plotting()
     figure, panels = plt.subplots(2, 2, figsize=(9, 7), layout="constrained")
     (by_k, by_count), (by_noise, curves) = panels
 
@@ -69,7 +70,7 @@ def draw(source: str | Path) -> Path:
     for axes in panels.flat:
         axes.legend(frameon=False)
         axes.set_title(axes.get_title(), fontsize="medium")
-    return common.save_figure(figure, source)
+    return plots.save_figure(figure, source)
 
 
 if __name__ == "__main__":

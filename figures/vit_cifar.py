@@ -1,6 +1,6 @@
 """Draw vit_cifar.png and .md from vit_cifar.json: EigenLoRAx's Table 1 on CIFAR-100's classes.
 
-python figures/vit_cifar.py [JSON]
+python -m figures.vit_cifar [JSON]
 The JSON is written by train_vit.py --backbone … --data … --out figures/vit_cifar.json.
 """
 
@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import common
+from figures import plots
 
 
 def claims(data: dict) -> list[tuple[str, str, str]]:
@@ -16,17 +17,17 @@ def claims(data: dict) -> list[tuple[str, str, str]]:
     times = f"{size['LoRA r=4'] / size['EigenLoRAx']:.0f}× fewer trained numbers"
     name, ours = f"EigenLoRAx ({size['EigenLoRAx']:,})", ["EigenLoRAx"]
     close = f"EigenLoRAx is within a point of LoRA r=4 with {times}"
-    claims = [common.judge(data, close, ours, ["LoRA r=4"], least=-1.0)]
+    claims = [plots.judge(data, close, ours, ["LoRA r=4"], least=-1.0)]
     for other in ("LoRA r=1", "VeRA", "Random subspace"):
         claim = f"{name} is above {other} ({size[other]:,})"
-        claims.append(common.judge(data, claim, ours, [other]))
+        claims.append(plots.judge(data, claim, ours, [other]))
     claim = "EigenLoRAx-ZS is above the base"
-    return [*claims, common.judge(data, claim, ["EigenLoRAx-ZS"], ["Base"])]
+    return [*claims, plots.judge(data, claim, ["EigenLoRAx-ZS"], ["Base"])]
 
 
 def verdicts(data: dict) -> str:
     """`claims` as a Markdown table."""
-    return common.claims_table(claims(data))
+    return plots.claims_table(claims(data))
 
 
 def draw(source: str | Path) -> Path:
@@ -37,7 +38,7 @@ def draw(source: str | Path) -> Path:
         f"CIFAR-100, {setting['classes']} classes × {setting['images']} images a task,"
         f" {setting['image_size']} px, {Path(setting['backbone']).name}"
     )
-    return common.draw_bars(source, "test accuracy in %", title, f"\n{verdicts(data)}\n")
+    return plots.draw_bars(source, "test accuracy in %", title, f"\n{verdicts(data)}\n")
 
 
 if __name__ == "__main__":

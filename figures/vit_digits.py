@@ -1,12 +1,13 @@
 """Draw vit_digits.png and .md from vit_digits.json: what each row of EigenLoRAx's Table 1 reaches.
 
-python figures/vit_digits.py [JSON]      The JSON is written by train_vit.py --out.
+python -m figures.vit_digits [JSON]      The JSON is written by train_vit.py --out.
 """
 
 import sys
 from pathlib import Path
 
 import common
+from figures import plots
 
 
 def draw(source: str | Path) -> Path:
@@ -17,7 +18,7 @@ def draw(source: str | Path) -> Path:
         f"EigenLoRAx: {100 * ours['mean']:.1f} % with {ours['trainable']:,} trained numbers;"
         f" LoRA r=4: {100 * lora['mean']:.1f} % with {lora['trainable']:,}"
     )
-    return common.draw_bars(source, "test accuracy in %", title)
+    return plots.draw_bars(source, "test accuracy in %", title)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Draw vit_hra.png and vit_hra.md from vit_hra.json: HRA's capacity against its regularity.
 
-python figures/vit_hra.py [JSON]
+python -m figures.vit_hra [JSON]
 The JSON is written by train_vit.py --table hra --out figures/vit_hra.json.
 """
 
@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import common
-from common import over_seeds
+from figures import plots
+from figures.plots import over_seeds
 
 LAMBDAS = ["0", "1e-6", "1e-5", "1e-4", "1e-3", "1e-2", "1e-1", "∞"]
 
@@ -31,7 +32,7 @@ def draw(source: str | Path) -> Path:
     """Draw the figure and write the table beside their JSON; returns the path of the PNG."""
     data = common.read_json(source)
     Path(source).with_suffix(".md").write_text(table(data), encoding="utf-8")
-    plt = common.plotting()
+    plt = plots.plotting()
     figure, (new, kept, skew) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     rows = {r["row"] for r in data["rows"]}
 
@@ -59,7 +60,7 @@ def draw(source: str | Path) -> Path:
     skew.set(title="Distance from orthogonal columns", ylabel="‖I − ÛᵀÛ‖_F, mean over layers")
     handles, labels = new.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right", frameon=False, fontsize="small")
-    return common.save_figure(figure, source)
+    return plots.save_figure(figure, source)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Draw vit_lambda.png from vit_lambda.json: ReSoRA's λ, chosen on the validation split.
 
-python figures/vit_lambda.py [JSON]
+python -m figures.vit_lambda [JSON]
 The JSON is written by train_vit.py --table resora-lambda --out figures/vit_lambda.json.
 """
 
@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import common
+from figures import plots
 
 LAMBDAS = ("0.001", "0.01", "0.1", "1")
 
@@ -32,7 +33,7 @@ def chosen(data: dict) -> dict[tuple[str, str], float]:
 def draw(source: str | Path) -> Path:
     """Draw the figure beside its JSON; returns the path of the PNG."""
     data = common.read_json(source)
-    plt = common.plotting()
+    plt = plots.plotting()
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for i, (metric, level) in enumerate(sorted(chosen(data))):
         heights = [100 * validation(data, f"r=4, {metric}, {level}, λ={x}") for x in LAMBDAS]
@@ -49,7 +50,7 @@ def draw(source: str | Path) -> Path:
     axes.set(xlabel="λ", ylabel="validation accuracy in %")
     axes.set_title("λ of the second stage, r = 4: mean over tasks and seeds", fontsize="medium")
     axes.legend(frameon=False, fontsize="small", ncols=2)
-    return common.save_figure(figure, source)
+    return plots.save_figure(figure, source)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Draw vit_resora.png and .md from vit_resora.json: ReSoRA's second stage beside its controls.
 
-python figures/vit_resora.py [JSON]
+python -m figures.vit_resora [JSON]
 The JSON is written by train_vit.py --table resora --out figures/vit_resora.json.
 """
 
@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import common
+from figures import plots
 from resora import METRICS
 
 RANKS = (2, 4, 8)
@@ -29,19 +30,19 @@ def claims(data: dict) -> list[tuple[str, str, str]]:
     ]
     both = [[f"r=4, {m}, {level}" for m in METRICS] for level in levels]
     lines.insert(len(RANKS), ("feature level beats weight level (four metrics), r=4", *both))
-    return [common.judge(data, *line) for line in lines]
+    return [plots.judge(data, *line) for line in lines]
 
 
 def verdicts(data: dict) -> str:
     """`claims` as a Markdown table."""
-    return common.claims_table(claims(data)) + "\n"
+    return plots.claims_table(claims(data)) + "\n"
 
 
 def draw(source: str | Path) -> Path:
     """Draw the figure and write the table beside their JSON; returns the path of the PNG."""
     data = common.read_json(source)
     Path(source).with_suffix(".md").write_text(verdicts(data), encoding="utf-8")
-    plt = common.plotting()
+    plt = plots.plotting()
     figure = plt.figure(figsize=(11, 8), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=(3, 2))
     panels = top.subplots(1, len(RANKS), sharex=True)
@@ -49,7 +50,7 @@ def draw(source: str | Path) -> Path:
         names = [r["row"] for r in data["rows"] if r["row"].startswith(f"r={rank}, ")]
         names = [n for n in names if not n.endswith(("stage 1", "λ=0"))]
         for i, name in enumerate(names):
-            mean, low, high = common.gain(data, [name], [f"r={rank}, λ=0"], common.points)
+            mean, low, high = plots.gain(data, [name], [f"r={rank}, λ=0"], plots.points)
             axes.plot([low, high], [i, i], "k-")
             axes.plot(mean, i, "ko")
         axes.axvline(0, color="0.6", linewidth=0.8)
@@ -75,7 +76,7 @@ def draw(source: str | Path) -> Path:
                 )
     bottom.colorbar(image, ax=grid, label="squared correlation")
     bottom.suptitle("Squared correlation of the codes, r = 4: components against components")
-    return common.save_figure(figure, source)
+    return plots.save_figure(figure, source)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""train_glue.py: the command line, the docstrings' tasks, GLUE's data, and what a run leaves."""
+"""train_glue.py: presets, the docstrings' tasks, GLUE's data, and what a run leaves."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import subprocess
 import sys
 import sysconfig
 from collections import Counter
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,8 +17,10 @@ import torch
 import transformers
 
 import common
+import eigenlorax
 import train_glue
-from figures import glue_docs, glue_hra, glue_minilm
+from figures import glue_docs, glue_hra, glue_minilm, plots
+from tests.test_common import TINY, command
 
 ROOT = Path(__file__).parents[1]
 REAL = os.environ.get("REFERENCE_DATA")
@@ -30,55 +32,23 @@ def config(**options) -> train_glue.Config:
     return train_glue.complete(train_glue.Config(jobs=1, **options))
 
 
-def command(monkeypatch, *arguments: str) -> str:
-    """Run the script's main on a command line that must fail; returns its one line."""
-    monkeypatch.setattr(sys, "argv", ["train_glue.py", *arguments])
-    with pytest.raises(SystemExit) as end:
-        common.one_line_errors(train_glue.main)
-    assert isinstance(end.value.code, str) and "\n" not in end.value.code
-    return end.value.code
-
-
 # ---------------------------------------------------------------- the command line
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--backbone", "x/y"], "found --backbone x/y with --data docs; wanted both"),
-        (["--epochs", "-3"], "found --epochs -3; wanted 1 or more"),
         (["--train", "-1"], "found --train -1; wanted 0 or more"),
         (["--length", "2"], "found --length 2; wanted 8 or more"),
         (["--evaluate", "1"], "found --evaluate 1; wanted 2 or more: one row has no correlation"),
-        (["--table", "nine"], "found --table nine; wanted one of ['eigenlorax'"),
-        (["--components", "21"], "found --components 21; wanted at most 20, the directions of 5"),
         (["--components", "8"], "found --components 8; wanted more than 8, the directions of two"),
-        (["--weight-decay", "nan"], "found --weight-decay nan; wanted a finite number"),
-        (["--mixed-precision", "bf8"], "found --mixed-precision bf8; wanted one of ['no'"),
-        pytest.param(
-            ["--mixed-precision", "fp16"],
-            "found --mixed-precision fp16 without a GPU; wanted no or bf16",
-            marks=pytest.mark.skipif(torch.accelerator.is_available(), reason="there is one"),
-        ),
-        (["--seeds", "101"], "found --seeds 101; wanted at most 100"),
-        (["--out", "x.png"], "found --out x.png; wanted a name that ends in .json"),
-        (["--lr", "LoRa=1"], "found row 'LoRa' in --lr; wanted one of Full"),
         (["--backbone", "no/model", "--data", "no/data"], "backbone 'no/model': wanted a folder"),
     ],
 )
 def test_bad_input_is_one_line_that_names_it(monkeypatch, tmp_path, arguments, message):
-    line = command(monkeypatch, *arguments, "--runs", str(tmp_path))
+    line = command(monkeypatch, train_glue, *arguments, "--runs", str(tmp_path))
     assert line.startswith(f"train_glue.py: error: {message}"), line
     assert not list(tmp_path.rglob("glue_*.json"))
-
-
-def test_every_option_has_its_help(capsys):
-    with pytest.raises(SystemExit):
-        common.parse(train_glue.Config, ["--help"])
-    text = capsys.readouterr().out
-    for field in fields(train_glue.Config):
-        assert f"--{field.name.replace('_', '-')} " in text
-    assert text.count("None") == 0
 
 
 def test_presets_are_the_papers_unless_the_user_says_otherwise():
@@ -109,6 +79,14 @@ def test_presets_are_the_papers_unless_the_user_says_otherwise():
             assert named <= set(train_glue.LEARNING_RATES[name]), name
 
 
+def specs_of(base: train_glue.Config, *rows: dict, seeds=(0,), task: str = "") -> list[dict]:
+    """The runs of some rows, of one task or of all."""
+    preset = train_glue.LEARNING_RATES[train_glue.preset(base)]
+    _, rates = common.rows_and_rates(base, rows, {}, preset)
+    specs = common.specify(rows, rates, train_glue.task_names(base), seeds)
+    return [spec for spec in specs if task in ("", spec["task"])]
+
+
 # ---------------------------------------------------------------- the docstrings' tasks
 
 
@@ -119,6 +97,8 @@ def docs() -> list[train_glue.Doc]:
     for package in ("asyncio", "email", "http", "importlib", "unittest", "urllib", "logging"):
         inner = train_glue.docstrings(STDLIB / package)
         found += [doc._replace(module=f"{package}.{doc.module}") for doc in inner]
+    words = [len(s.split()) for doc in found for s in doc.sentences]
+    assert len(found) > 500 and len(words) > 1500 and min(words) >= 5 and 20 < max(words) <= 40
     return found
 
 
@@ -135,13 +115,6 @@ def test_docstrings_are_parsed_and_never_imported(tmp_path):
         ("package.a", "a", False, ["Close the file and forget about its name."]),
         ("z", "both", True, ["It has a second one."]),  # "The first of them." has four words
     ]
-
-
-def test_the_corpus_is_real_english_of_some_size(docs):
-    found = [s for doc in docs for s in doc.sentences]
-    assert len(docs) > 500 and len(found) > 1500  # of the seven packages; versions differ
-    lengths = [len(s.split()) for s in found]
-    assert min(lengths) >= 5 and 20 < max(lengths) <= 40
 
 
 def test_splits_share_no_module_and_no_sentence(docs):
@@ -167,7 +140,7 @@ def test_the_suite_is_the_same_every_time_and_balanced(docs):
     assert suite == train_glue.suite(docs) and list(suite) == list(train_glue.TASKS)
     for task, shape in train_glue.TASKS.items():
         for rows in suite[task].values():
-            assert list(rows) == [*shape.columns, "label"]
+            assert set(rows) == {*shape.columns, "label"}
             counts = Counter(rows["label"])
             assert max(counts.values()) - min(counts.values()) <= 1, task
             assert len(counts) == (6 if shape.classes == 1 else 2)
@@ -295,10 +268,7 @@ def test_the_embedded_backbone_is_made_once_and_names_its_text(tmp_path, monkeyp
     assert start[0] != start[1]
     again = train_glue.prepare(replace(base, runs=str(tmp_path / "again")))[0]
     assert (Path(again) / "0" / "model.safetensors").read_bytes() == weights
-    specs = train_glue.specify(
-        [train_glue.lora(base)], base, train_glue.LEARNING_RATES["docs"], [0, 1]
-    )
-    specs = [spec for spec in specs if spec["task"] == "sst2-like"]
+    specs = specs_of(base, train_glue.lora(base), seeds=[0, 1], task="sst2-like")
     opened, load = [], common.load_backbone
     monkeypatch.setattr(common, "load_backbone", lambda f, n: opened.append(f) or load(f, n))
     result, other = train_glue.finish(specs, base, backbone, results)
@@ -353,17 +323,9 @@ def tiny(tmp_path_factory) -> Path:
     texts = 9 * [" ".join(WORDS), "train", "validation", *map(str, range(60))]
     tokenizer = train_glue.docs_tokenizer(texts, 24)
     transformers.set_seed(0)
-    transformers.RobertaModel(
-        transformers.RobertaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=24,
-            max_position_embeddings=26,
-        ),
-        add_pooling_layer=False,
-    ).save_pretrained(folder)
+    sizes = dict(TINY, vocab_size=len(tokenizer), max_position_embeddings=26)
+    model = transformers.RobertaModel(transformers.RobertaConfig(**sizes), add_pooling_layer=False)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -374,19 +336,18 @@ def options(glue: Path, tiny: Path, tmp_path: Path, **more) -> train_glue.Config
 
 
 def texts_in(part: common.TextTask) -> list[str]:
-    texts = part.tokenizer.batch_decode(part.rows["input_ids"], skip_special_tokens=True)
+    texts = part.collate.tokenizer.batch_decode(part.rows["input_ids"], skip_special_tokens=True)
     return [text.strip() for text in texts]
 
 
 def test_the_reported_set_is_never_used_for_anything_else(glue, tiny, tmp_path):
     base = options(glue, tiny, tmp_path, length=24)
     tokenizer = common.load_tokenizer(str(tiny))
-    load = lambda seed, **new: {  # noqa: E731
-        split: texts_in(part)
-        for split, part in train_glue.load(
-            replace(base, **new), str(tiny), "sst2", seed, tokenizer, 24
-        ).items()
-    }
+
+    def load(seed: int, **new) -> dict[str, list[str]]:
+        parts = train_glue.load(replace(base, **new), str(tiny), "sst2", seed, tokenizer, 24)
+        return {split: texts_in(part) for split, part in parts.items()}
+
     one, again, other, whole = load(0), load(0), load(1), load(0, train=0)
     assert one == again and one["train"] != other["train"]
     assert one["validation"] == other["validation"] and one["test"] == other["test"]
@@ -401,65 +362,62 @@ def test_the_reported_set_is_never_used_for_anything_else(glue, tiny, tmp_path):
     assert few[0]["test"] == few[1]["test"]
 
 
-def lacking(columns: dict) -> None:
-    del columns["sentence2"]
+SPOILED = [  # task, split, column, its new values (one: of the fourth row), message
+    (
+        "mrpc",
+        "",
+        "sentence2",
+        None,
+        r"mrpc, train: found the columns \['sentence1', 'label'\]; wanted",
+    ),
+    (
+        "mrpc",
+        "",
+        "label",
+        [1] * 30,
+        r"mrpc, train: found the labels \{1\} only; wanted two or more",
+    ),
+    ("mrpc", "", "label", 2, "found the label 2; wanted 0 or 1"),
+    ("mrpc", "", "label", [0.0, 0.5] * 15, r"found the label 0\.5; wanted 0 or 1"),
+    ("mrpc", "", "label", None, "found the label None; wanted 0 or 1"),
+    ("mrpc", "", "label", ["no"] * 30, "found the label 'no'; wanted 0 or 1"),
+    ("mrpc", "", "sentence1", "none", "found None in sentence1; wanted text"),
+    ("stsb", "", "label", 5.5, r"found the label 5\.5; wanted a score from 0 to 5"),
+    ("rte", "validation", "label", [-1] * 30, "rte, validation: found the label -1; wanted 0 or 1"),
+]
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lacking, r"mrpc, train: found the columns \['sentence1', 'label'\]; wanted \['sentence1'"),
-        (
-            lambda c: c.update(text=c.pop("sentence1")),
-            r"found the columns \['sentence2', .*'text'\]",
-        ),
-        (lambda c: c.update(label=[1] * 30), r"mrpc, train: found the labels \{1\} only; wanted"),
-        (lambda c: c["label"].__setitem__(3, 2), "found the label 2; wanted 0 or 1"),
-        (lambda c: c.update(label=[0.0, 0.5] * 15), r"found the label 0\.5; wanted 0 or 1"),
-        (lambda c: c["label"].__setitem__(3, None), "found the label None; wanted 0 or 1"),
-        (lambda c: c.update(label=["no"] * 30), "found the label 'no'; wanted 0 or 1"),
-        (lambda c: c["sentence1"].__setitem__(3, None), "found None in sentence1; wanted text"),
-    ],
-)
-def test_data_that_is_not_as_it_should_be_is_named(tmp_path, tiny, change, message):
+@pytest.mark.parametrize(("task", "only", "column", "values", "message"), SPOILED)
+def test_data_that_is_not_as_it_should_be_is_named(
+    tmp_path, tiny, task, only, column, values, message
+):
     for split in ("train", "validation"):
-        columns = fake("mrpc", 30, split, random.Random(0))
+        columns = fake(task, 30, split, random.Random(0))
         del columns["idx"]
-        change(columns)
-        write(tmp_path / "data", "mrpc", split, columns)
+        if only in ("", split):
+            if values is None and column != "label":
+                del columns[column]
+            elif isinstance(values, list):
+                columns[column] = values
+            else:
+                columns[column][3] = None if values == "none" else values
+        write(tmp_path / "data", task, split, columns)
     base = options(tmp_path / "data", tiny, tmp_path, train=0)
+    tokenizer = common.load_tokenizer(str(tiny))
     with pytest.raises(ValueError, match=message):
         for seed in range(3):  # a tenth is the validation split
-            train_glue.load(base, str(tiny), "mrpc", seed, common.load_tokenizer(str(tiny)), 16)
+            train_glue.load(base, str(tiny), task, seed, tokenizer, 16)
 
 
-def test_hidden_test_labels_are_never_scored(glue, tiny, tmp_path):
+def test_hidden_test_labels_are_never_scored_and_a_missing_split_is_named(glue, tiny, tmp_path):
     base = options(glue, tiny, tmp_path)
     tokenizer = common.load_tokenizer(str(tiny))
     assert set(train_glue.source(str(glue), str(tiny), "rte")["test"]["label"]) == {-1}
     assert len(train_glue.load(base, str(tiny), "rte", 0, tokenizer, 16)["test"]) == 30
-    write(tmp_path / "data", "rte", "train", fake("rte", 30, "train", random.Random(0)))
-    hidden = fake("rte", 30, "validation", random.Random(0)) | {"label": [-1] * 30}
-    write(tmp_path / "data", "rte", "validation", hidden)
+    write(tmp_path / "data", "stsb", "train", fake("stsb", 30, "train", random.Random(0)))
     base = options(tmp_path / "data", tiny, tmp_path)
-    with pytest.raises(ValueError, match="rte, validation: found the label -1; wanted 0 or 1"):
-        train_glue.load(base, str(tiny), "rte", 0, tokenizer, 16)
-
-
-def test_a_score_out_of_range_and_a_missing_split_are_named(tmp_path, tiny):
-    columns = fake("stsb", 30, "train", random.Random(0))
-    columns["label"][7] = 5.5
-    write(tmp_path / "data", "stsb", "train", columns)
-    base = options(tmp_path / "data", tiny, tmp_path, train=0)
-    load = lambda: train_glue.load(  # noqa: E731
-        base, str(tiny), "stsb", 0, common.load_tokenizer(str(tiny)), 16
-    )
     with pytest.raises(ValueError, match=r"stsb has the splits \['train'\]; wanted validation"):
-        load()
-    write(tmp_path / "data", "stsb", "validation", columns)
-    train_glue.source.cache_clear()
-    with pytest.raises(ValueError, match=r"found the label 5\.5; wanted a score from 0 to 5"):
-        load()
+        train_glue.load(base, str(tiny), "stsb", 0, tokenizer, 16)
 
 
 def test_what_is_wrong_with_any_task_is_said_before_a_run(glue, tiny, tmp_path):
@@ -496,9 +454,9 @@ def test_an_edited_file_of_a_linked_folder_counts(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "rte").symlink_to(tmp_path / "real")
-    before = common.resolved(str(tmp_path / "data"))
+    before = common.state_of(str(tmp_path / "data"))
     (tmp_path / "real" / "train.parquet").write_text("edited")
-    assert common.resolved(str(tmp_path / "data")) != before
+    assert common.state_of(str(tmp_path / "data")) != before
 
 
 @pytest.mark.parametrize(
@@ -555,7 +513,7 @@ def test_empty_texts_are_read_and_long_ones_cut_and_counted(tmp_path, tiny):
         columns["sentence"][2:5] = [" ".join(3 * WORDS)] * 3
         write(tmp_path / "data", "cola", split, columns)
     base = options(tmp_path / "data", tiny, tmp_path, train=0, length=500)
-    spec = train_glue.specify([common.row("Base", "head")], base, {"Base": 1e-2}, [0])[2]
+    (spec,) = specs_of(base, common.row("Base", "head"), task="cola")
     result = train_glue.run(spec, config=base, backbone=str(tiny), folder=tmp_path)
     cut = result["truncated"]
     assert cut["train"] + cut["validation"] == 3 and cut["test"] == 3
@@ -566,14 +524,14 @@ def test_empty_texts_are_read_and_long_ones_cut_and_counted(tmp_path, tiny):
 def test_padding_does_not_change_what_a_text_gives(tiny):
     tokenizer = common.load_tokenizer(str(tiny))
     texts = ["the file is read", "it has no path when the other one will be read and written"]
-    task = common.TextTask([texts], torch.tensor([0, 1]), tokenizer, 24)
+    task = common.TextTask([texts], [0, 1], tokenizer, 24)
     model = common.load_backbone(str(tiny), 2).eval()
-    together = task.collate([0, 1])
+    together = task.collate([task[0], task[1]])
     assert together["input_ids"].shape[1] == max(map(len, task.rows["input_ids"]))
-    assert task.collate([0])["input_ids"].shape[1] == len(task.rows["input_ids"][0])
+    assert task.collate([task[0]])["input_ids"].shape[1] == len(task.rows["input_ids"][0])
     with torch.no_grad():
         both = model(**together).logits
-        alone = torch.cat([model(**task.collate([i])).logits for i in (0, 1)])
+        alone = torch.cat([model(**task.collate([task[i]])).logits for i in (0, 1)])
     assert (both - alone).abs().max() < 1e-6
 
 
@@ -598,8 +556,7 @@ def shared(glue, tiny, tmp_path_factory):
     """The LoRA adapters of all tasks with seed 0, after one epoch."""
     base = options(glue, tiny, tmp_path_factory.mktemp("runs"))
     backbone, results, _ = train_glue.prepare(base)
-    specs = train_glue.specify([train_glue.lora(base)], base, train_glue.LEARNING_RATES["few"], [0])
-    train_glue.finish(specs, base, backbone, results)
+    train_glue.finish(specs_of(base, train_glue.lora(base)), base, backbone, results)
     return base, backbone, results
 
 
@@ -607,20 +564,8 @@ def one(shared, name: str, task: str = "rte", **new) -> dict:
     base, backbone, results = shared
     base = replace(base, **new)
     rows = {r["row"]: r for table in train_glue.TABLES.values() for r in table(base)}
-    specs = train_glue.specify([rows[name]], base, train_glue.LEARNING_RATES["few"], [0])
-    return train_glue.finish([s for s in specs if s["task"] == task], base, backbone, results)[0]
-
-
-def test_adapters_are_recycled_from_the_other_tasks_only(shared, monkeypatch):
-    opened = []
-    lazy = common.LazyAdapter
-    monkeypatch.setattr(common, "LazyAdapter", lambda folder: opened.append(folder) or lazy(folder))
-    result = one(shared, "EigenLoRAx", components=6)
-    assert result["trainable"] == 2 * 2 * 2 * 6 * 8
-    base, _, results = shared
-    specs = train_glue.specify([train_glue.lora(base)], base, train_glue.LEARNING_RATES["few"], [0])
-    folders = {s["task"]: common.adapter_folder(results.folder, s) for s in specs}
-    assert set(opened) == set(folders.values()) - {folders["rte"]} and len(opened) == 5
+    specs = specs_of(base, rows[name], task=task)
+    return train_glue.finish(specs, base, backbone, results)[0]
 
 
 def test_rows_train_what_they_say(shared):
@@ -635,6 +580,9 @@ def test_rows_train_what_they_say(shared):
         "HRA r=8, λ=1e-1": linears * 8 * width,
         "OFT": linears * 16 * 15 // 2,
         "noise 30 %": linears * 2 * 6 * 8,
+        "LoRA, stage 1": linears * 8 * 2 * width,
+        "LoRA, stage 2": linears * 8 * 2 * width,
+        "ReSoRA, stage 2": linears * 8 * 2 * width,
     }
     for name, size in sizes.items():
         assert one(shared, name, components=6)["trainable"] == size, name
@@ -651,9 +599,11 @@ def test_low_resource_rows_have_two_adapters_and_the_rest_at_random(shared, monk
     for name in ("EigenLoRAx-AUG", "EigenLoRAx + random"):
         row = {**rows[name], "components": 3}
         row[{"EigenLoRAx-AUG": "pseudo"}.get(name, "random")] = 2
-        (spec,) = train_glue.specify([row], base, train_glue.LEARNING_RATES["few"], [0])[:1]
+        (spec,) = specs_of(base, row, task="mrpc")
         train_glue.run(spec, config=base, backbone=backbone, folder=results.folder)
-        for module in seen[-1][1].values():
+        modules = common.layers_of(seen[-1][0], eigenlorax.EigenLoRAxLinear)
+        assert len(modules) == 4
+        for module in modules.values():
             gram = module.V_A @ module.V_A.T
             assert module.V_A.shape == (5, 16)
             assert (gram.diagonal() - 1).abs().max() < 1e-5
@@ -666,50 +616,20 @@ def test_the_papers_rates_and_epochs_reach_their_task(glue, tiny, tmp_path, monk
     asked = []
     train = common.train
     monkeypatch.setattr(common, "train", lambda *a, **o: asked.append(o) or train(*a, **o))
-    base = options(glue, tiny, tmp_path, train=0, epochs=0, batch_size=0, table="hra")
+    base = options(glue, tiny, tmp_path, train=0, epochs=0, batch_size=None, table="hra")
     assert base.batch_size == 32
     rows = {r["row"]: r for r in train_glue.all_rows(base)}
     wanted = {"LoRA r=8": (4e-4, 25), "HRA r=8, λ=0": (1e-2, 12), "HRA r=8, λ=1e-3": (2e-3, 6)}
     for name, (rate, epochs) in wanted.items():
-        rates = train_glue.LEARNING_RATES["paper"]
-        specs = train_glue.specify([rows[name]], base, rates, [0])
-        spec = next(s for s in specs if s["task"] == "qnli")
+        (spec,) = specs_of(base, rows[name], task="qnli")
         train_glue.run(spec, config=base, backbone=str(tiny), folder=tmp_path)
         assert (asked[-1]["lr"], asked[-1]["epochs"]) == (rate, epochs), name
 
 
-def test_a_second_stage_starts_from_the_first(shared):
-    first = one(shared, "LoRA, stage 1")
-    second = one(shared, "ReSoRA, stage 2")
-    assert first["trainable"] == second["trainable"] == one(shared, "LoRA, stage 2")["trainable"]
-    assert second["losses"] != first["losses"]
-
-
-def test_an_interrupted_table_continues_and_ends_the_same(shared, monkeypatch):
-    base, backbone, results = shared
-    specs = train_glue.specify([common.row("Base", "head")], base, {"Base": 3e-3}, [3])[:4]
-    done, work = [], train_glue.run
-
-    def stops(spec, **o):
-        if len(done) == 2:
-            raise KeyboardInterrupt
-        done.append(spec)
-        return work(spec, **o)
-
-    monkeypatch.setattr(train_glue, "run", stops)
-    with pytest.raises(KeyboardInterrupt):
-        train_glue.finish(specs, base, backbone, results)
-    monkeypatch.setattr(train_glue, "run", lambda s, **o: done.append(s) or work(s, **o))
-    finished = train_glue.finish(specs, base, backbone, results)
-    assert done == specs  # each was run once: the first two were not run again
-    straight = [work(s, config=base, backbone=backbone, folder=results.folder) for s in specs]
-    assert [{**s, **r} for s, r in zip(specs, straight, strict=True)] == finished
-
-
 def test_a_run_that_diverges_is_an_error_but_for_tuning(shared):
     base, backbone, results = shared
-    specs = train_glue.specify([common.row("Full", "full")], base, {"Full": 1e30}, [5])[:1]
-    line = r"^Full, mrpc, seed 5: found loss (nan|inf) in epoch 1 .*; lower its rate with --lr$"
+    specs = [{**s, "lr": 1e30} for s in specs_of(base, common.row("Full", "full"), task="mrpc")]
+    line = r"^Full, mrpc, seed 0: found loss (nan|inf) in epoch 1 .*; lower its rate with --lr$"
     with pytest.raises(common.Diverged, match=line):
         train_glue.finish(specs, base, backbone, results)
     (run,) = train_glue.finish(specs, replace(base, tune=True), backbone, results)
@@ -739,15 +659,13 @@ def test_tuning_chooses_by_validation_and_a_table_prints_what_it_writes(
     data = json.loads(out.read_text())
     assert len(data["runs"]) == 5 * 6 and out.with_suffix(".png").exists()
     printed = capsys.readouterr().out
-    assert common.as_table(data["rows"]) in printed and "Texts cut to 24 tokens: " in printed
+    assert plots.as_table(data["rows"]) in printed and "Texts cut to 24 tokens: " in printed
     assert data["config"]["backbone"] == tiny.name and "runs" not in data["config"]
 
 
 def test_a_second_stage_without_its_first_says_what_to_do(shared):
     base, backbone, results = shared
-    rates = train_glue.LEARNING_RATES["few"]
-    specs = train_glue.specify(train_glue.resora_rows(base), base, rates, [7])
-    first, second = (next(s for s in specs if s["row"] == f"LoRA, stage {i}") for i in (1, 2))
+    first, second = specs_of(base, *train_glue.resora_rows(base)[:2], seeds=[7], task="mrpc")
     train_glue.finish([first], base, backbone, results)
     file = common.adapter_folder(results.folder, first) / "state.safetensors"
     for damage in (lambda: file.write_bytes(file.read_bytes()[:-9]), file.unlink):
@@ -772,7 +690,7 @@ def made_up(gains: dict[str, float]) -> dict:
                 losses = [1.0, 0.8 - gain]
                 about = {"row": row["row"], "task": task, "seed": seed, "trainable": 1000 * (i + 1)}
                 runs.append({**about, **score, "losses": losses})
-    return {"rows": common.summary(runs), "runs": runs}
+    return {"rows": plots.summary(runs), "runs": runs}
 
 
 def test_verdicts_say_what_the_numbers_say(tmp_path):
@@ -806,7 +724,7 @@ def test_verdicts_say_what_the_numbers_say(tmp_path):
     hra = [r for r in data["rows"] if r["row"] == "LoRA r=8" or "HRA" in r["row"]]
     (tmp_path / "c.json").write_text(json.dumps({**data, **setting, "rows": hra}))
     assert glue_hra.draw(tmp_path / "c.json").exists()
-    assert (tmp_path / "c.md").read_text() == common.as_table(hra) + "\n"
+    assert (tmp_path / "c.md").read_text() == plots.as_table(hra) + "\n"
 
 
 @pytest.mark.parametrize(("preset", "file"), [("docs", "glue_tune"), ("few", "glue_minilm_tune")])
@@ -830,7 +748,7 @@ def test_the_quick_demo_runs_as_a_user_runs_it(tmp_path):
     assert len(result["runs"]) == 5 * 6 and next(iter(rows)) == "Full"
     full, base = (rows[name]["mean"] for name in ("Full", "Base"))  # --seeds 4: 0.49 and 0.36
     assert full > base + 0.04 and full > 0.42  # chance: 1/3, four halves and two zeros
-    assert common.as_table(result["rows"]) in done.stdout
+    assert plots.as_table(result["rows"]) in done.stdout
     assert out.with_suffix(".png").exists()
     assert result["corpus"]["docstrings"] > 3000
 
@@ -838,20 +756,10 @@ def test_the_quick_demo_runs_as_a_user_runs_it(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not REAL, reason="REFERENCE_DATA is not set: no real backbone or texts here")
 def test_a_real_backbone_and_real_texts(tmp_path):
-    base = config(
-        backbone=f"{REAL}/models/minilm-l6",
-        data=f"{REAL}/glue",
-        train=200,
-        evaluate=200,
-        epochs=3,
-        batch_size=8,
-        seeds=1,
-        runs=str(tmp_path),
-    )
+    data = dict(backbone=f"{REAL}/models/minilm-l6", data=f"{REAL}/glue", runs=str(tmp_path))
+    base = config(**data, train=200, evaluate=200, epochs=3, batch_size=8, seeds=1)
     backbone, results, _ = train_glue.prepare(base)
-    rates = train_glue.LEARNING_RATES["few"]
-    specs = train_glue.specify([train_glue.lora(base)], base, rates, [0])
-    spec = next(s for s in specs if s["task"] == "sst2")
-    (lora,) = train_glue.finish([spec], base, backbone, results)
+    specs = specs_of(base, train_glue.lora(base), task="sst2")
+    (lora,) = train_glue.finish(specs, base, backbone, results)
     assert lora["trainable"] == 6 * 2 * 8 * 2 * 384 and lora["test"] > 0.65  # chance is a half
     assert lora["truncated"] == {"train": 0, "validation": 0, "test": 0}
