@@ -374,7 +374,8 @@ def regauge(B: Tensor, A: Tensor, x: Tensor | None = None) -> tuple[Tensor, Tens
         V = torch.linalg.svd(T).Vh.T  # (k, k)
         null = B.shape[1] - V.shape[1]  # r − k
         C = V.T @ C
-        rounding = C.norm(dim=1, keepdim=True) <= 8 * torch.finfo(dtype).eps * C.norm()
+        size = C.abs().amax(1, keepdim=True)  # (k, 1); a norm's squares could vanish
+        rounding = size <= 8 * torch.finfo(dtype).eps * size.max()
         C = C.masked_fill(rounding, 0.0)  # a component that ΔW does not have
         B, A = F.pad(Q @ V, (0, null)).to(B), F.pad(C, (0, 0, 0, null)).to(A)
     return B, A
