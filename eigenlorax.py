@@ -482,10 +482,10 @@ class EigenLoRAxLinear(nn.Module):
         y = self.base(x)
         x = x.to(y.dtype)  # a base, or autocast, may answer in another dtype
         if task is None and self.gathered is not None and not torch.is_grad_enabled():
-            return self.delta_per_sample(x, *self.gathered).to(y.dtype).add_(y)  # add_: less memory
+            return y + self.delta_per_sample(x, *self.gathered)
         task = task_ids(self.task if task is None else task, self.tasks)
         if isinstance(task, Tensor):
-            return self.delta_per_sample(x, *self.gather(task)).to(y.dtype).add_(y)
+            return y + self.delta_per_sample(x, *self.gather(task))
         B, A = self.pair(task)
         refuse_unset(x=x, A=A)
         return y + x @ A.T.to(x.dtype) @ B.T.to(x.dtype)
@@ -503,13 +503,14 @@ class EigenLoRAxLinear(nn.Module):
         else:
             alpha_A = torch.stack([self.alpha_A[task] for task in every])[ids]
             alpha_B = torch.stack([self.alpha_B[task] for task in every])[ids]
+        refuse_unset(V_A=self.V_A, V_B=self.V_B, alpha_A=alpha_A, alpha_B=alpha_B)
         return alpha_A, self.scaling * alpha_B
 
     def delta_per_sample(self, x: Tensor, alpha_A: Tensor, s_alpha_B: Tensor) -> Tensor:
         """ΔW of its own task times x[i], for each x[i] of x (batch, …, d): (batch, …, o)."""
         if x.dim() < 2 or x.shape[0] != alpha_A.shape[0]:
             raise ValueError(f"{len(alpha_A)} tasks for x {tuple(x.shape)}; want one for each x[i]")
-        refuse_unset(x=x, V_A=self.V_A, V_B=self.V_B, alpha_A=alpha_A, alpha_B=s_alpha_B)
+        refuse_unset(x=x, alpha_A=alpha_A)
         codes = x @ self.V_A.T.to(x.dtype)
         codes = codes[:, None].flatten(1, -2)  # (batch, tokens, K_A), one token if x is (batch, d)
         codes = codes @ alpha_A.to(x.dtype) @ s_alpha_B.mT.to(x.dtype)  # (batch, tokens, K_B)
