@@ -1197,7 +1197,7 @@ def check_mergeable(layer: EigenLoRAxLinear) -> None:
         )
     if base._forward_pre_hooks or base._forward_hooks:
         raise TypeError("the base has a hook, as of weight_norm; want none: it would be lost")
-    if base.weight.is_meta:
+    if base.weight.is_meta and hasattr(base, "_hf_hook"):  # accelerate offloaded it
         raise ValueError(
             "base.weight is on the meta device (offloaded?); want its values, to merge"
         )

@@ -783,7 +783,7 @@ def weight_of(layer: HRALinear) -> Tensor:
 def check_mergeable(layer: HRALinear, kind: type) -> None:
     """Raise unless a plain layer of this kind with the weight W H does what `layer` does."""
     base = layer.base
-    if weight_of(layer).is_meta:
+    if weight_of(layer).is_meta and hasattr(base, "_hf_hook"):  # accelerate offloaded it
         raise ValueError("found U and base.weight on meta, without numbers; load them, then merge")
     if isinstance(base, HRALinear):  # an adapter inside this one is merged with it
         check_mergeable(base, kind)

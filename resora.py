@@ -860,8 +860,11 @@ def check_mergeable(base: nn.Module, **factors: Tensor) -> None:
         raise TypeError(f"base: found a {kind}, want nn.Linear's forward; merge or unwrap it first")
     if base._forward_pre_hooks or base._forward_hooks:
         raise TypeError("base: found a hook, as of weight_norm, want none: it would be lost")
-    for name, tensor in {"base.weight": base.weight, **factors}.items():
-        if tensor.is_meta:
+    tensors = {"base.weight": base.weight, **factors}
+    offloaded = hasattr(base, "_hf_hook")  # by accelerate
+    mixed = len({tensor.is_meta for tensor in tensors.values()}) > 1
+    for name, tensor in tensors.items():
+        if tensor.is_meta and (offloaded or mixed):
             raise ValueError(f"{name}: found it on the meta device, without numbers; want it real")
 
 

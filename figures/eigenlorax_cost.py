@@ -185,8 +185,10 @@ def measure_disk(case: dict, folders: list[Path]) -> dict:
         "all adapters": sum((f / "adapter_model.safetensors").stat().st_size for f in folders),
     }
     for how in ("lazy", "eager"):
-        command = [sys.executable, __file__, "--peak", how, str(folders[0].parent), "--K", str(K)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        command = [sys.executable, "-m", "figures.eigenlorax_cost", "--peak", how]
+        command += [str(folders[0].parent), "--K", str(K)]
+        root = Path(__file__).parents[1]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
         sizes[f"peak, {how}"] = int(done.stdout)
     return sizes
 

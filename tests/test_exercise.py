@@ -113,16 +113,16 @@ SOLUTIONS = {  # what a student may hand in: right and plain; with a plausible s
     ),
     "eigenlorax.EigenLoRAxLinear.delta_per_sample": (
         "return torch.einsum('b...d,kd,bkr,blr,lo->b...o',"
-        " x, self.V_A, alpha_A, alpha_B, self.V_B)",
+        " x, self.V_A, alpha_A, s_alpha_B, self.V_B)",
         "return torch.einsum('b...d,kd,bkr,blr,lo->b...o',"
-        " x, self.V_A, alpha_A, self.scaling * alpha_B, self.V_B)",
+        " x, self.V_A, alpha_A, self.scaling * s_alpha_B, self.V_B)",
     ),
     "eigenlorax.by_gram": (
         "squares, E = torch.linalg.eigh(X.T @ X); sigma = squares.flip(0).clamp(min=0).sqrt();"
-        " sigma = sigma[: min(X.shape)]; K = choose_k(sigma[: min(shape)].float(), k, shape);"
+        " sigma = sigma[: min(X.shape)]; K = choose_k(sigma[: min(free)].float(), k, free);"
         " return sigma[:K], E.flip(1)[:, :K].T",
         "squares, E = torch.linalg.eigh(X.T @ X); sigma = squares.flip(0).clamp(min=0).sqrt();"
-        " sigma = sigma[: min(X.shape)]; K = choose_k(sigma[: min(shape)].float(), k, shape);"
+        " sigma = sigma[: min(X.shape)]; K = choose_k(sigma[: min(free)].float(), k, free);"
         " return sigma[:K], E[:, :K].T",
     ),
     "eigenlorax.append": (

@@ -330,8 +330,7 @@ def test_tensors_that_were_left_on_meta():
     with pytest.raises(ValueError, match="U: found on meta, want it where x is, on cpu"):
         left(x)
     assert left(x.to("meta")).shape == (2, 5)
-    with pytest.raises(ValueError, match="U and base.weight on meta, without numbers"):
-        left.merge()
+    assert left.merge().weight.is_meta  # a model wholly on meta goes on working
     half = HRALinear(real, 2)
     half.U = nn.Parameter(half.U.to("meta"))
     for call in (half.merge, half.pair, lambda: half.weight):

@@ -222,6 +222,7 @@ def test_a_model_wholly_on_meta_works():
     with ReSoRA(model) as regularizer:
         assert model(torch.empty(3, 6, device="meta")).shape == (3, 4)
         assert regularizer.penalty().is_meta
+    assert merge(model)[0].weight.is_meta
 
 
 # ------------------------------------------------------------------------------------------ ReSoRA
