@@ -510,7 +510,8 @@ class EigenLoRAxLinear(nn.Module):
         """ΔW of its own task times x[i], for each x[i] of x (batch, …, d): (batch, …, o)."""
         if x.dim() < 2 or x.shape[0] != alpha_A.shape[0]:
             raise ValueError(f"{len(alpha_A)} tasks for x {tuple(x.shape)}; want one for each x[i]")
-        refuse_unset(x=x, alpha_A=alpha_A)
+        if x.is_meta != alpha_A.is_meta:
+            refuse_unset(x=x, alpha_A=alpha_A)
         codes = x @ self.V_A.T.to(x.dtype)
         codes = codes[:, None].flatten(1, -2)  # (batch, tokens, K_A), one token if x is (batch, d)
         codes = codes @ alpha_A.to(x.dtype) @ s_alpha_B.mT.to(x.dtype)  # (batch, tokens, K_B)
