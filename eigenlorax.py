@@ -625,6 +625,7 @@ def find_layers(model: nn.Module, targets: str | Iterable[str], kinds) -> dict[s
     if not targets:
         raise ValueError("found no targets; want the name of a layer, or its end, at least once")
     modules = dict(model.named_modules(remove_duplicate=False))
+    # A container has a name too, but nobody means it; a wrapper of one's own is refused below.
     containers = nn.Sequential, nn.ModuleList, nn.ModuleDict
     layers = {name: m for name, m in modules.items() if name and not isinstance(m, containers)}
     found = {}

@@ -2,7 +2,8 @@
 # HRA (arXiv:2405.17484v3), written from the paper. One file, torch only: copy it.
 # Cite: Yuan, Liu, Xu, "Bridging the gap between low-rank and orthogonal adaptation", NeurIPS 2024.
 # Version 2.0 (2026-11). Tested with torch 2.11 to 2.14. Known faults, by version: 1.x: nearly
-# parallel columns at small d missed claim 1; convolutions of a subclass merged into other numbers.
+# parallel columns at small d left H less orthogonal than claim 1 says; convolutions of a subclass
+# merged into other numbers.
 r"""HRA — Householder reflection adaptation.
 
 A frozen linear layer computes z = W x. HRA trains r directions u₁ … u_r and puts one mirror per
@@ -12,12 +13,14 @@ direction in front of it:
 
 Hᵢ mirrors x in the hyperplane perpendicular to uᵢ. So H is orthogonal: it keeps every length and
 the angle between any two inputs. Training minimises task loss + λ·Σ penalty(U), the sum over the
-adapted layers. With `strict`, H is made of the uᵢ orthonormalised: the paper's λ = ∞.    [Eq. 6]
+adapted layers. You choose λ ≥ 0, and penalty(U) is 0 where the uᵢ are perpendicular to each other.
+With `strict`, H is made of the uᵢ orthonormalised: the paper's λ = ∞.                    [Eq. 6]
 
     layers = adapt(model, ["q_proj", "v_proj"], rank=8)  # freezes the rest, a new head too
     optimizer = torch.optim.AdamW([layer.U for layer in layers.values()], weight_decay=0)
     loss = task_loss(model(x)) + 1e-4 * sum(layer.penalty() for layer in layers.values())
-    loss.backward()  # and so on
+    loss.backward()
+    optimizer.step()
     merge(model)  # after training: plain layers again
 
 Symbols (rows, columns). torch's weight is (out, in), here (o, d).
@@ -28,20 +31,21 @@ Symbols (rows, columns). torch's weight is (out, in), here (o, d).
   Γ_r       | gamma(U)    | (r, r) | upper triangular, H = I + U Γ Uᵀ
   W H⁽ʳ⁾    | weight      | (o, d) | adapted weight
   W U_r Γ_r | pair()[0]   | (o, r) | B of the equal LoRA, W H = W + B A (the paper's A)
-  U_rᵀ      | pair()[1]   | (r, d) | A of the equal LoRA (the paper's B)
+  U_rᵀ      | pair()[1]   | (r, d) | A of the equal LoRA (the paper's B: it swaps LoRA's letters)
 
 What differs from the paper: the r mirrors act at once, as Eq. 3 to 5 allow, where Eq. 2 applies one
 after the other; a column may have any length, since only its direction counts; and training starts
 as in the authors' code.
 What differs from the authors' code: it multiplies r dense (d, d) matrices; it leaves the norm in
-the penalty unsquared; it orthonormalises equal columns, which is 0/0; and its LLaMA part mirrors
-the output of a layer, with an ε added to ‖u‖², so that its matrix is not quite orthogonal.
+the penalty unsquared; with λ = ∞ it runs Gram–Schmidt on the equal columns that it starts with, and
+so divides 0 by 0; and its LLaMA part mirrors the output of a layer, with an ε added to ‖u‖², so
+that its matrix is not quite orthogonal.
 
 What it costs. A layer trains d·r numbers (LoRA: (d + o)·r). For N rows of x its forward pass adds
-4Ndr + 4dr² + 5r³ flops to the 2Ndo of W (r³ for S⁻¹, 4r³ for the Newton step of part 2). It keeps x
-and x U for the backward pass, as LoRA keeps x and x Aᵀ. Where
-x needs no gradient, as in a first layer, LoRA's backward pass skips W. HRA's cannot: W stands
-between the loss and U.
+4Ndr + 4dr² + 5r³ flops to the 2Ndo of W (r³ for S⁻¹, 4r³ for the Newton step of part 2), and with
+`strict` a QR factorisation of U. It keeps x and x U for the backward pass, as LoRA keeps x and x
+Aᵀ. Where x needs no gradient, as in a first layer, LoRA's backward pass skips W. HRA's cannot: W
+stands between the loss and U.
 
 How to read: 1 the definition, 2 the compact form, 3 the regulariser, 4 the layer, 5 a whole model,
 6 convolutions and PEFT, 7 numerics (what guards against half precision and wrong arguments). A
@@ -101,9 +105,10 @@ def chain(U: Tensor) -> Tensor:
 # Applied one after the other, r mirrors are r passes over x, each needing the result of the one
 # before. They collapse into two thin products, because
 #
-#     H₁…H_r = I + U Γ Uᵀ,    Γ = −S⁻¹,    S = UᵀU above its diagonal + half its diagonal.
+#     H₁…H_r = I + U Γ Uᵀ,    Γ = −S⁻¹.
 #
-# (S is triangular with ‖uᵢ‖²/2 ≠ 0 on its diagonal: S⁻¹ exists, for equal columns and r > d, too.)
+# S holds the entries of UᵀU above the diagonal, half of those on it, and 0 below: S + Sᵀ = UᵀU. It
+# is triangular with ‖uᵢ‖²/2 ≠ 0 on its diagonal, so S⁻¹ exists, for equal columns and r > d, too.
 #
 # Proof by induction over the columns. One mirror: S = ‖u‖²/2, so Γ = −2/‖u‖², which is Eq. 1.
 # Now let U, S and Γ be those of the first i−1 columns, so H₁…Hᵢ₋₁ = I + U Γ Uᵀ. Multiply by the
@@ -130,31 +135,34 @@ def gamma(U: Tensor) -> Tensor:
     tensor([[-1.0000,  1.0000],
             [ 0.0000, -0.5000]])
     """
-    with full_precision(U) as U:  # part 7: at least float32, and no autocast
+    with full_precision(U) as U:  # part 7: U is now in at least float32, and autocast is off
         G = U.T @ U  # (r, r)
-        S = G.triu(1) + G.diagonal().diag() / 2  # (r, r), upper triangular, S + Sᵀ = UᵀU
+        S = G.triu(1) + G.diagonal().diag() / 2  # (r, r), upper triangular
         I = torch.eye(len(S), dtype=S.dtype, device=S.device)
         Γ = -torch.linalg.solve_triangular(S, I, upper=True)
-        # One Newton step. Let Γ be the computed −S⁻¹ and E = I + SΓ its residual, 0 but for
-        # rounding. Then −S⁻¹ = Γ − S⁻¹E, and Γ for −S⁻¹ on the right makes that Γ + ΓE. In float32
-        # with d = r = 128 and columns v + 0.1·noise, ‖error of H‖₂ fell from 24 to 3 d·eps where
-        # solve_triangular was least exact; elsewhere from 6.5 to 3.8.
+        # One Newton step. The computed Γ is −S⁻¹ but for rounding. Let E = I + SΓ, which would be 0
+        # without it. Multiplied by S⁻¹, this says −S⁻¹ = Γ − S⁻¹E. The unknown −S⁻¹ stands on the
+        # right too, but times the small E, so that Γ may take its place there: Γ + ΓE. In float32
+        # with d = r = 128 and columns v + 0.1·noise, ‖error of H‖₂ fell from 24·d·eps to 3·d·eps
+        # on the machine whose solve_triangular was least exact, on another from 6.5 to 3.8.
         return Γ + Γ @ (I + S @ Γ)
 
 
-# Lengths. Scale the columns, U → U D with D diagonal. Then S → D S D, Γ → D⁻¹ΓD⁻¹, and U Γ Uᵀ
-# stays as it is. So a column may have any length but 0, and no ε is needed in u/(‖u‖ + ε). Below,
-# columns are divided by their `sizes`, only so that squares neither overflow nor vanish. As nothing
-# depends on these divisors, the gradient through them adds up to 0, and `detach` skips it.
+# Lengths. Scale the columns, U → U D with D diagonal. Then S → D S D, Γ → D⁻¹ΓD⁻¹, and U Γ Uᵀ stays
+# as it is. So a column may have any length but 0. Below, columns are divided by their `sizes` (the
+# next function), only so that squares neither overflow nor vanish. As H does not depend on these
+# divisors, the gradient through them adds up to 0, and `detach` skips it.
 #
 # One more use of the proof. The last column of the new U Γ is −c·(u + U Γ g), and u + U Γ g is
-# (I + U Γ Uᵀ)u. So column i of U Γ is −(2/‖uᵢ‖²)·H₁…Hᵢ₋₁uᵢ. As mirrors keep lengths, its length is
-# 2/‖uᵢ‖. Rounding disturbs that, most where columns are nearly parallel, and we set it again. In
-# exact arithmetic this multiplies by the constant 1, so no gradient goes through it.
+# (I + U Γ Uᵀ)u, the product of the earlier mirrors times u. Later mirrors leave this column as it
+# is (the 0 in Eq. 4's block matrix), and each column was the last once. So column i of U Γ is
+# −(2/‖uᵢ‖²)·H₁…Hᵢ₋₁uᵢ. As mirrors keep lengths, its length is 2/‖uᵢ‖. Rounding disturbs that, most
+# where columns are nearly parallel, and we set it again. In exact arithmetic this multiplies by the
+# constant 1, so no gradient goes through it.
 
 
 def sizes(U: Tensor) -> Tensor:
-    """(r,) divisors: √d·max|entry| of each column, which is at least its length, but finite."""
+    """(r,) divisors: √d·max|entry| of each column, at least its length where that is finite."""
     s = U.detach().abs().amax(0) * len(U) ** 0.5
     return s.clamp(max=torch.finfo(s.dtype).max)
 
@@ -168,14 +176,15 @@ def factors(U: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tens
     Claim 1. H is orthogonal, from chain(U) and as I + CᵀA: max|HᵀH − I| ≤ 10·d·eps for r ≤
     min(d, 512) and ≤ 20·max(d, r)·eps for more mirrors, in float32 and in float64.
 
-    A and C come in the widest of `dtype`, float32 and U's own. They hold rows, not columns, because
-    a gradient of shape (r, d) takes a third of the time of one of shape (d, r).
+    A and C come in the widest of `dtype`, float32 and U's own. They hold rows, not columns: on the
+    CPUs where this was timed, the products behind a gradient of shape (r, d) took a third of the
+    time of those behind one of shape (d, r).
     """
     with full_precision(U, dtype) as U:
         A = U.T.contiguous() / sizes(U)[:, None]
         C = gamma(A.T).T @ A
-        length = A.detach().norm(dim=1) * C.detach().norm(dim=1)  # (r,), 2 without rounding
-        return A, C * (2 / length)[:, None]
+        product = A.detach().norm(dim=1) * C.detach().norm(dim=1)  # (r,), 2 without rounding
+        return A, C * (2 / product)[:, None]
 
 
 def reflect(x: Tensor, U: Tensor) -> Tensor:
@@ -185,8 +194,8 @@ def reflect(x: Tensor, U: Tensor) -> Tensor:
 
     Claim 12. The gradients at x and at U are those of the literal chain.
 
-    The dtype is that of x. Raises ValueError if x does not fit U. Values are not looked at, which
-    would wait for the device: a column that is 0 or not finite gives NaN.
+    The dtype is that of x. Raises ValueError if x does not fit U. Values are not looked at, because
+    that would wait for the device: a column that is 0 or not finite gives NaN.
 
     >>> reflect(torch.tensor([3.0, 5.0]), torch.tensor([[1.0, 2.0], [1.0, 0.0]])).round()
     tensor([-5.,  3.])
@@ -201,10 +210,10 @@ def reflect(x: Tensor, U: Tensor) -> Tensor:
 # The penalty pushes the mirrors towards being perpendicular to each other, the more so the greater
 # λ is. Where they are, UᵀU is diagonal, S is half of it, and Γ = −2·diag(1/‖uᵢ‖²).
 #
-# In the limit λ = ∞ the columns are orthogonal. As H ignores their lengths, let these be 1, and let
-# the columns be called Q. Then Γ = −2·I, and H = I − 2QQᵀ turns round the part of x in the span of
-# Q. Its trace is d − 2·trace(QᵀQ) = d − 2r and that of I is d, so it is never I: with λ = ∞
-# training cannot start from the pre-trained layer.
+# In the limit λ = ∞ the columns are orthogonal, which needs r ≤ d. As H ignores their lengths, let
+# these be 1, and let the columns be called Q. Then Γ = −2·I, and H = I − 2QQᵀ turns round the part
+# of x in the span of Q. Its trace is d − 2·trace(QᵀQ) = d − 2r and that of I is d, so it is never
+# I: with λ = ∞ training cannot start from the pre-trained layer.
 
 
 def penalty(U: Tensor) -> Tensor:
@@ -217,7 +226,7 @@ def penalty(U: Tensor) -> Tensor:
     tensor(0.7200)
     """
     with full_precision(U) as U:
-        U = U / sizes(U)  # the norm squares the entries
+        U = U / sizes(U)  # so that the squares within the norm neither overflow nor vanish
         Û = U / U.norm(dim=0)
         return 2 * (Û.T @ Û).triu(1).square().sum()  # the diagonal of ÛᵀÛ is 1
 
@@ -225,8 +234,8 @@ def penalty(U: Tensor) -> Tensor:
 def orthonormal(U: Tensor) -> Tensor:
     """Q (d, r) by Gram–Schmidt, from left to right, for columns that are known to be independent.
 
-    Gram–Schmidt is the QR factorisation whose R has a positive diagonal. So turning the columns of
-    Q by the signs of R's diagonal gives it.
+    Gram–Schmidt is the QR factorisation whose R has a positive diagonal. So multiplying the columns
+    of Q by the signs of R's diagonal gives it.
     """
     with full_precision(U) as U:
         Q, R = torch.linalg.qr(U / sizes(U))
@@ -239,7 +248,7 @@ def gram_schmidt(U: Tensor) -> Tensor:
     Claim 8. With Q in the place of U, H = I − 2QQᵀ, symmetric and of trace d − 2r, hence never I;
     columns that are not independent are refused.
 
-    Raises ValueError unless U has full rank, which takes an SVD and waits for the device.
+    Raises ValueError unless U has full rank, up to rounding: an SVD, which waits for the device.
 
     >>> gram_schmidt(torch.tensor([[3.0, 0.0], [4.0, 5.0]]))
     tensor([[ 0.6000, -0.8000],
@@ -266,15 +275,16 @@ def gram_schmidt(U: Tensor) -> Tensor:
 #
 # How long the columns are at the start. The authors' code calls kaiming_uniform_(a=√5) on a tensor
 # (d, k) of the k different columns. That takes k for the number of inputs, and draws uniformly
-# within ±√(6/((1 + a²)·k)) = ±1/√k. H ignores lengths, f(tu) = f(u), and the derivative of that by
-# u is t·∇f(tu) = ∇f(u): gradients go with 1/‖u‖. So a learning rate from the paper is right only
-# with these lengths. And weight decay on U regularises nothing: it shortens the columns, and angles
-# then move faster. Use 0.
+# within ±√(6/((1 + a²)·k)) = ±1/√k. H ignores lengths: with the other columns held, f(tu) = f(u)
+# for t > 0. The derivative of that by u is t·∇f(tu) = ∇f(u): gradients go with 1/‖u‖. So a learning
+# rate from the paper is right only with these lengths. And weight decay on U regularises nothing:
+# it shortens the columns, and angles then move faster. Use 0.
 #
-# How far r mirrors can move W [App. A]. I − H = −U Γ Uᵀ is 0 on every x perpendicular to all uᵢ,
-# and all that it gives lies in the span of U. Let P be the projector on that span; its rank is at
-# most r. Then I − H = P(I − H). And ‖x − Hx‖ ≤ ‖x‖ + ‖Hx‖ = 2‖x‖, so ‖I − H‖₂ ≤ 2. Together, with
-# σ₁ ≥ σ₂ ≥ … the singular values of W, 0 beyond min(o, d), and as I − H at most doubles each row,
+# How far r mirrors can move W [App. A], in the Frobenius norm, the root of the sum of the squared
+# entries. All that I − H = −U Γ Uᵀ gives lies in the span of U. Let P be the projector on that
+# span; its rank is at most r, and I − H = P(I − H). As ‖x − Hx‖ ≤ ‖x‖ + ‖Hx‖ = 2‖x‖, and the same
+# holds of Hᵀ, a row times I − H is at most twice as long. With σ₁ ≥ σ₂ ≥ … the singular values of
+# W, 0 beyond min(o, d), therefore
 #
 #     ‖W − W H‖_F = ‖W P (I − H)‖_F ≤ 2·‖W P‖_F ≤ 2·√(σ₁² + … + σ_r²).
 #
@@ -284,12 +294,12 @@ def gram_schmidt(U: Tensor) -> Tensor:
 
 
 def directions(
-    d: int, r: int, device: torch.device, generator: torch.Generator | None = None
+    d: int, k: int, device: torch.device, generator: torch.Generator | None = None
 ) -> Tensor:
-    """U (d, r), entries uniform in [−1/√r, 1/√r], drawn where the generator lives."""
+    """k columns (d, k), entries uniform in [−1/√k, 1/√k], drawn where the generator lives."""
     where = device if generator is None else generator.device
-    U = torch.empty(d, r, dtype=torch.float32, device=where)
-    return U.uniform_(-(r**-0.5), r**-0.5, generator=generator).to(device)
+    U = torch.empty(d, k, dtype=torch.float32, device=where)
+    return U.uniform_(-(k**-0.5), k**-0.5, generator=generator).to(device)
 
 
 def equal_pairs(
@@ -306,8 +316,8 @@ def equal_pairs(
 class HRALinear(nn.Module):
     """z = base(H x): a frozen Linear behind r trained mirrors of its input.               [Eq. 1]
 
-    base       a Linear, or any module with in_features, out_features, weight and bias. The forward
-               pass calls it and never reads its weight, so it may be quantised.
+    base       a Linear, or any module with its in_features, out_features, weight and bias. The
+               forward pass calls it and never reads its weight, so it may be quantised.
     rank       r, the number of mirrors
     init       "identity": equal pairs, H = I, r even;  "random": any r, H ≠ I
     strict     λ = ∞: U passes through Gram–Schmidt; needs init="random" and r ≤ d
@@ -346,7 +356,7 @@ class HRALinear(nn.Module):
     def width(base: nn.Module) -> int:
         """d, the number of inputs that W multiplies."""
         if not (hasattr(base, "in_features") and hasattr(base, "weight")):
-            raise TypeError(f"base: found {type(base).__name__}, want an nn.Linear")
+            raise TypeError(f"base: found {type(base).__name__}, want an nn.Linear or its like")
         return base.in_features
 
     def normals(self) -> Tensor:
@@ -361,7 +371,8 @@ class HRALinear(nn.Module):
 
         Claim 4. W H = W + B A with B = W U Γ and A = Uᵀ, so W H − W has rank at most r.
 
-        In at least float32, differentiable. A convolution's W is (o, d) here, d = c·k·l.
+        In at least float32, differentiable. U stands for `normals()`, so with `strict` for Q. A
+        convolution's W is (o, d) here, d = c·k·l.
         """
         W = weight_of(self)
         with full_precision(self.normals(), W.dtype) as U:
@@ -384,6 +395,7 @@ class HRALinear(nn.Module):
         weight, since some models look at its dtype; `merge` refuses that.
         """
         W = self.base.weight
+        # Quantised, or packed into another number of elements.
         if W.dtype not in FLOATS or W.numel() != self.out_features * len(self.U):
             return W
         W = weight_of(self)
@@ -427,10 +439,12 @@ class HRALinear(nn.Module):
     def merge(self) -> nn.Module:
         """A new plain layer, frozen, with weight W H, rounded once to the dtype of W.
 
-        Claim 10. merge() equals forward, and costs O(d·r·(o + r)) for r ≤ d.
+        Claim 10. The merged layer computes what forward computes, and merging costs O(d·r·(o + r))
+        for r ≤ d.
 
         Raises TypeError if the base is quantised or has another forward than a plain layer, and
-        ValueError if its weight or U has no numbers, being on meta.
+        ValueError if its weight or U alone is on the meta device, which holds no numbers. Of a
+        layer wholly on meta it returns one on meta.
         """
         plain = self.plain_layer()
         check_mergeable(self, type(plain))
@@ -466,6 +480,7 @@ def find_layers(model: nn.Module, targets: str | Iterable[str], kinds) -> dict[s
     if not targets:
         raise ValueError("found no targets; want the name of a layer, or its end, at least once")
     modules = dict(model.named_modules(remove_duplicate=False))
+    # A container has a name too, but nobody means it; a wrapper of one's own is refused below.
     containers = nn.Sequential, nn.ModuleList, nn.ModuleDict
     layers = {name: m for name, m in modules.items() if name and not isinstance(m, containers)}
     found = {}
@@ -525,9 +540,9 @@ def adapt(
     model: an adapted layer's tensors have other names ("q.base.weight", "q.U"), which
     from_pretrained does not find, and it would start the layer at random. A second `adapt` freezes
     the layers of the first: call requires_grad_(True) on their U. With reentrant checkpointing call
-    the model's enable_input_require_grads(), else the penalty alone trains. And if you copy the
-    model, gather the copy's layers from its named_modules(): what `adapt` returned still means the
-    original's.
+    the model's enable_input_require_grads(): a checkpoint none of whose inputs has a gradient gives
+    none to U, and the penalty alone would train. And if you copy the model, gather the copy's
+    layers from its named_modules(): what `adapt` returned still means the original's.
     """
 
     def make(name: str, layer: nn.Module) -> HRALinear:
@@ -553,7 +568,9 @@ def merge(model: nn.Module) -> nn.Module:
             merged[layer] = layer.merge()
         except (TypeError, ValueError) as error:
             raise type(error)(f"{name}: {error}") from None
-    for name, layer in reversed(layers.items()):  # "q.base", an adapter inside "q", goes first
+    for name, layer in reversed(
+        layers.items()
+    ):  # "q.base", an adapter within "q", while "q" has it
         if name:
             model.set_submodule(name, merged[layer])
     return merged.get(model, model)
@@ -569,9 +586,10 @@ def merge(model: nn.Module) -> nn.Module:
 class HRAConv2d(HRALinear):
     """z = conv(x; W H): a frozen nn.Conv2d whose patches are mirrored; else like HRALinear.
 
-    The base's own stride, padding, dilation and padding mode hold, but it must have one group: with
-    more, each sees patches of its own and no one H mirrors them all. Raises TypeError for a class
-    with a forward of its own, and for a weight that is quantised or computed from other tensors.
+    The base's own stride, padding, dilation and padding mode hold. It must have one group: with
+    more, each sees patches of its own channels, and which H each should have is not said. Raises
+    TypeError for a class with a forward of its own, and for a weight that is quantised or computed
+    from other tensors.
     """
 
     @staticmethod
@@ -698,7 +716,7 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 def full_precision(U: Tensor, dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
     """Give U in the widest of `dtype`, float32 and its own; within the block autocast is off.
 
-    In half precision UᵀU would overflow, and torch has no half solve_triangular and qr.
+    In half precision UᵀU loses its digits, and torch has no half solve_triangular and qr.
     """
     check_matrix(U, "U")
     kind = "cpu" if U.is_meta else U.device.type  # autocast knows no meta device

@@ -6,10 +6,11 @@
 r"""ReSoRA — train LoRA so that its rank-one components do not repeat each other.
 
 A LoRA of rank r adds ΔW = BA to a weight W. It is a sum of r components, ΔW = Σᵢ Bᵢ Aᵢᵀ: Bᵢ (o,) is
-column i of B, and Aᵢ (d,) is row i of A, both as vectors. In the formulas B includes LoRA's factor
-`scaling`, alpha/r. On inputs x (N, d), which are N tokens, component i reads the number xₙ·Aᵢ from
-each token. These numbers are its code sᵢ = x Aᵢ (N,), and it adds the feature map ΔHᵢ = sᵢ Bᵢᵀ
-(N, o) to the layer's output. ReSoRA adds to the loss how alike these maps are:
+column i of B, and Aᵢ (d,) is row i of A, both as vectors. In parts 1 to 3, B means scaling·B with
+LoRA's factor `scaling`, alpha/r; from part 4 on, B is the parameter. On inputs x (N, d), which are
+N tokens, component i reads the number xₙ·Aᵢ from each token. These numbers are its code sᵢ = x Aᵢ
+(N,), and the component adds the feature map ΔHᵢ = sᵢ Bᵢᵀ (N, o) to the layer's output. ReSoRA adds
+to the loss how alike these maps are:
 
     L = L_task + λ · mean over layers and over pairs i < j of R(ΔHᵢ, ΔHⱼ)
 
@@ -20,25 +21,26 @@ each token. These numbers are its code sᵢ = x Aᵢ (N,), and it adds the featu
     merge(model)  # plain Linears again
 
 The paper has four kinds of R. Three facts about them, each shown below:
-  - linear (the default) and nonlinear depend on the codes alone. They train A and give B no
-    gradient at all; euclidean and cosine train both, but do nothing while B = 0.
-  - cosine and linear forbid no ΔW. Every ΔW has factors for which cosine is 0 on all inputs, and
-    linear on one given set of them; `regauge` computes these. (On other inputs linear is then about
-    as small as chance lets it be.) What they change is the path of training. Nonlinear does forbid
-    some ΔW.
+  - linear (the default) and nonlinear depend on the codes alone. They train A and give the B of the
+    same layer no gradient at all; euclidean and cosine train both, but do nothing while B = 0.
+  - cosine and linear exclude no ΔW. Every ΔW has factors for which cosine is 0 on all inputs, and
+    linear on one given set of them; `regauge` computes these. (On
+    other inputs like these linear is then about as small as chance lets it be.) What they change is
+    the path of training. Nonlinear does exclude some ΔW.
   - euclidean falls when all components grow and cancel each other. Watch ‖Bᵢ‖ or use weight decay.
 
-What differs from the paper. We had only its abstract and two summaries, not its equations. In the
-docstrings [paper] marks what these say and [inferred] what is our reading. A correction belongs in
-one `*_maps` function of part 1 and its twin in part 2. Our x has tokens in rows, the paper's in
-columns: ΔHᵢ = BᵢAᵢᵀX there. We compute R from codes and never build a feature map. The paper adds R
-to a LoRA that is already trained; here R may also be on from the first step, with B = 0.
+What differs from the paper. We had only its abstract and two summaries, not its equations; a
+summary gives the scale β of its Eq. 5. In the docstrings [paper] marks what these say and
+[inferred] what is our reading. A correction belongs in one `*_maps` function of part 1 and its twin
+in part 2. Our x has tokens in rows, the paper's in columns: ΔHᵢ = BᵢAᵢᵀX there. We compute R from
+codes and never build a feature map. The paper adds R to a LoRA that is already trained; here R may
+also be on from the first step, with B = 0.
 
 Symbols (rows, columns). torch's weight is (out, in), here (o, d).
   paper | here        | shape  | meaning
   W     | base.weight | (o, d) | pre-trained weight, frozen
   A     | A           | (r, d) | rows Aᵢ, trained
-  B     | B           | (o, r) | columns Bᵢ, trained, zero at first; in formulas times `scaling`
+  B     | B           | (o, r) | columns Bᵢ, trained, zero at first
   W+ΔW  | weight      | (o, d) | adapted weight
   X     | x           | (N, d) | inputs, every leading axis flattened
   S=AX  | S           | (N, r) | codes, S = x Aᵀ, columns sᵢ
@@ -46,7 +48,7 @@ Symbols (rows, columns). torch's weight is (out, in), here (o, d).
 
 How to read: 1 the four metrics on feature maps, 2 the same in closed form, 3 many factors of one
 ΔW, 4 LoRA, 5 the regulariser, 6 a whole model, 7 numerics (guards that the formulas above it call).
-"Claim 5" is tested by test_R5_… in tests/test_resora.py, in the order of the numbers there.
+"Claim 5" is tested by test_R5_… in tests/test_resora.py; the numbers are not in reading order.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -65,8 +67,9 @@ METRICS = get_args(Metric)  # the four names
 # ------------------------------------------------------- 1. four metrics, on the feature maps
 #
 # These are slow and literal, one pair at a time: G and H are two feature maps (N, o), and ‖·‖ is
-# the Frobenius norm. The tests compare part 2 with them. They are 0/0 where a map is 0, as Bᵢ or
-# its code is 0, and in linear and nonlinear also where a code is constant. Part 2 answers there.
+# the Frobenius norm, with inner product ⟨G, H⟩ = Σₙₘ GₙₘHₙₘ. The tests compare part 2 with them.
+# All but euclidean are 0/0 where a map is 0, because Bᵢ or its code is 0, and linear and nonlinear
+# also where a code is constant. Part 2 returns 0 there.
 
 
 def euclidean_maps(G: Tensor, H: Tensor, beta: float = 1.0) -> Tensor:
@@ -89,8 +92,8 @@ def linear_maps(G: Tensor, H: Tensor, center: bool = True) -> Tensor:
     """‖GᵀH‖² / (‖GᵀG‖·‖HᵀH‖), with the mean over the tokens subtracted from both maps.
 
     GᵀH (o, o) is then N times the covariance of G's features with H's. Another reading: ‖GᵀH‖² =
-    tr(HᵀG GᵀH) = tr(GGᵀ HHᵀ) = ⟨GGᵀ, HHᵀ⟩, and with H = G ‖GᵀG‖ = ‖GGᵀ‖. So this is the cosine of
-    the kernels GGᵀ and HHᵀ (N, N), which hold the inner products of all pairs of tokens. It is
+    tr(HᵀG GᵀH) = tr(GGᵀ HHᵀ) = ⟨GGᵀ, HHᵀ⟩. Setting H = G gives ‖GᵀG‖ = ‖GGᵀ‖. So this is the cosine
+    of the kernels GGᵀ and HHᵀ (N, N), which hold the inner products of all pairs of tokens. It is
     known as CKA, centred kernel alignment. center=False subtracts nothing; part 5 uses it where the
     rows are coordinates of A and no sample of tokens.
 
@@ -102,7 +105,7 @@ def linear_maps(G: Tensor, H: Tensor, center: bool = True) -> Tensor:
 
 
 def rbf_kernel(H: Tensor, sigma: float) -> Tensor:
-    """The RBF kernel K = exp(−‖hₙ − hₘ‖²/(2σ²v)) of all pairs of rows hₙ, hₘ of H, centred (N, N).
+    """The RBF kernel exp(−‖hₙ − hₘ‖²/(2σ²v)) of all pairs of rows hₙ, hₘ of H, then centred (N, N).
 
     v is the mean of ‖hₙ − h̄‖², h̄ the mean row: multiplying H by a number changes nothing.
 
@@ -128,7 +131,8 @@ def nonlinear_maps(G: Tensor, H: Tensor, sigma: float = 1.0) -> Tensor:
 def draw_tokens(S: Tensor, samples: int, generator: torch.Generator | int | None) -> Tensor:
     """At most `samples` rows of S (N, r), without repetition: a kernel of all N may be too large.
 
-    generator: torch's, or the seed of one; None is 0. The global generator is left alone.
+    generator: torch's, or the seed of one; None means the seed 0, and so the same rows in each
+    call. The global generator is left alone.
     """
     if len(S) <= samples:
         return S
@@ -178,18 +182,20 @@ def redundancy_dense(
 # --------------------------------------------------------- 2. the same, without feature maps
 #
 # A feature map has rank one, so the inner product of two of them factors:
+#
 #     ⟨ΔHᵢ, ΔHⱼ⟩ = tr(ΔHᵢᵀ ΔHⱼ) = tr(Bᵢ sᵢᵀsⱼ Bⱼᵀ) = (BᵢᵀBⱼ)·(sᵢᵀsⱼ) = (BᵀB)ᵢⱼ·(SᵀS)ᵢⱼ
-# The Gram matrices BᵀB and SᵀS (r, r) hold everything. Each function returns the matrix R (r, r) of
-# all pairs. No tensor is larger than B, S or R, but for the r kernels (N, N) of nonlinear. All four
+#
+# So euclidean and cosine need no more than the Gram matrices BᵀB and SᵀS (r, r), and linear SᵀS of
+# the centred codes; nonlinear needs the codes. Each function returns the matrix R (r, r) of all
+# pairs. No tensor is larger than B, S or R, but for the r kernels (N, N) of nonlinear. All four
 # take B and S, also where B is unused.
 
-EPS = (
-    1e-6  # a column whose root mean square is at most this is null: taken for 0, repeating nothing
-)
+# A column whose root mean square is at most EPS is null: taken for 0, it repeats nothing.
+EPS = 1e-6
 
 
-def lengths(X: Tensor, least: float = EPS) -> Tensor:
-    """The lengths (r,) of the columns of X (n, r), with ∞ for null ones: root mean square ≤ least.
+def lengths(X: Tensor) -> Tensor:
+    """The lengths (r,) of the columns of X (n, r), with ∞ for null ones: root mean square ≤ EPS.
 
     What is divided by ∞ is 0 and passes no gradient.
 
@@ -198,22 +204,22 @@ def lengths(X: Tensor, least: float = EPS) -> Tensor:
     """
     length = X.norm(dim=0)
     length = length + 0 * length  # a length that overflowed becomes nan, and is not taken for null
-    null = length <= least * len(X) ** 0.5
+    null = length <= EPS * len(X) ** 0.5
     return length.masked_fill(null, torch.inf)
 
 
-def cosines(X: Tensor, least: float = EPS) -> Tensor:
+def cosines(X: Tensor) -> Tensor:
     """The cosines (r, r) of all pairs of columns of X (n, r), 0 for null columns."""
-    length = lengths(X, least)
+    length = lengths(X)
     return (X.T @ X) / length[:, None] / length[None, :]
 
 
 def euclidean(B: Tensor, S: Tensor, beta: float = 1.0) -> Tensor:
     """d² from inner products: ‖ΔHᵢ − ΔHⱼ‖² = ⟨ΔHᵢ, ΔHᵢ⟩ + ⟨ΔHⱼ, ΔHⱼ⟩ − 2·⟨ΔHᵢ, ΔHⱼ⟩.
 
-    At B = 0 all maps are equal, so R = 1, and the gradient is 0. All maps times c multiply every d²
-    by c², so R falls, unless all maps are equal. To see when the d² are large, sum that line over
-    the pairs i < j: each ‖ΔHᵢ‖² occurs r − 1 times, and 2·Σ_{i<j} ⟨ΔHᵢ, ΔHⱼ⟩ is
+    At B = 0 all maps are equal, so R = 1, and the gradient is 0. All maps times c > 1 multiply
+    every d² by c² > 1, so R falls, unless all maps are equal. To see when the d² are large, sum
+    that line over the pairs i < j: each ‖ΔHᵢ‖² occurs r − 1 times, and 2·Σ_{i<j} ⟨ΔHᵢ, ΔHⱼ⟩ is
     ‖Σᵢ ΔHᵢ‖² − Σᵢ ‖ΔHᵢ‖². So they are large for large maps whose sum, the output, is small.
 
     Claim 11. Σ_{i<j} ‖ΔHᵢ − ΔHⱼ‖² = r·Σᵢ ‖ΔHᵢ‖² − ‖Σᵢ ΔHᵢ‖², which quadruples when B doubles, and
@@ -229,8 +235,8 @@ def euclidean(B: Tensor, S: Tensor, beta: float = 1.0) -> Tensor:
 def cosine(B: Tensor, S: Tensor) -> Tensor:
     """cos² of the maps = (cos of Bᵢ and Bⱼ · cos of sᵢ and sⱼ)², as ‖ΔHᵢ‖ = ‖Bᵢ‖·‖sᵢ‖.
 
-    This is why the maps are taken as one vector for all tokens. Of one token by itself, the codes
-    are single numbers, whose cosine is ±1.
+    It is for A's sake that a map is one vector for all tokens. Taken token by token, the codes
+    would be single numbers, whose cosine is ±1, and A would train no more:
 
     Claim 4. For a single token with codes that are not 0, cosine is cos²(Bᵢ, Bⱼ), whatever the
     token, and A gets no gradient.
@@ -239,12 +245,16 @@ def cosine(B: Tensor, S: Tensor) -> Tensor:
 
 
 def linear(B: Tensor, S: Tensor, center: bool = True) -> Tensor:
-    """With sᵢ centred, ΔHᵢᵀΔHⱼ = Bᵢ (sᵢᵀsⱼ) Bⱼᵀ = N·cov(sᵢ, sⱼ)·BᵢBⱼᵀ, of norm N·|cov|·‖Bᵢ‖·‖Bⱼ‖.
+    """The squared correlation of the codes: in `linear_maps` B cancels.
+
+    Subtracting the mean row from ΔHᵢ = sᵢBᵢᵀ subtracts the mean from sᵢ. With centred codes then,
+    ΔHᵢᵀΔHⱼ = Bᵢ (sᵢᵀsⱼ) Bⱼᵀ = N·cov(sᵢ, sⱼ)·BᵢBⱼᵀ, and its norm is N·|cov(sᵢ, sⱼ)|·‖Bᵢ‖·‖Bⱼ‖.
 
     In the quotient of `linear_maps` N, ‖Bᵢ‖ and ‖Bⱼ‖ cancel, so B is unused. What is left is
     cov(sᵢ, sⱼ)² / (var(sᵢ)·var(sⱼ)). Independent normal codes have 1/(N − 1) on average, not 0.
 
-    Claim 3. linear is ρᵢⱼ², the squared Pearson correlation of two codes, and B gets no gradient.
+    Claim 3. Centred, linear is ρᵢⱼ², the squared Pearson correlation of two codes, and B gets no
+    gradient.
     """
     if center:
         S = centered(S)
@@ -256,26 +266,25 @@ def nonlinear(B: Tensor, S: Tensor, sigma: float = 1.0) -> Tensor:
 
     The kernel divides by √v = ‖Bᵢ‖·(standard deviation of sᵢ), so ‖Bᵢ‖ cancels and B is unused.
     expm1 is exp − 1: centring removes the 1 anyway, and digits are kept where K is near 1. Centring
-    the r kernels would copy them; it is done on their inner products. With k the means of K's rows
-    and κ the mean of all, ⟨K, L⟩/N² centred is ⟨K, L⟩/N² − 2⟨k, l⟩/N + κ·λ, multiplied out.
-    Independent normal codes have 0.074, 0.019, 0.0095, 0.0046 at 32, 128, 256, 512 tokens, not 0.
+    the r kernels would copy them; it is done on their inner products. Let k and l (N,) be the means
+    of the rows of K and L, and κ and μ the means of all their entries. Multiplied out, 1/N² times
+    the inner product of the centred K and L is ⟨K, L⟩/N² − 2⟨k, l⟩/N + κ·μ. Independent normal
+    codes have 0.074, 0.019, 0.0095, 0.0046 at 32, 128, 256, 512 tokens, not 0.
 
     Claim 9. Nonlinear sees what linear cannot. Let s₁ be normal numbers and their negatives, and s₂
-    = s₁² − 1. Their covariance, the mean of s₁³, is 0, and so is linear; nonlinear is above 0.12 on
-    64 tokens or more, three times what independent codes have on 64.
+    = s₁² − 1. Their covariance, the mean of s₁³, is 0, and so is linear; nonlinear was above 0.12
+    in each draw of 64 tokens or more, three times what independent codes have on 64.
     """
     S = centered(S)
     N = len(S)
     z = (N / 2) ** 0.5 / sigma * (S / lengths(S)).T  # (r, N), standard deviation 1/(σ√2)
     K = torch.expm1(-(z[:, :, None] - z[:, None, :]).square())  # (r, N, N)
-    flat, rows = (
-        K.flatten(1),
-        K.mean(2),
-    )  # (r, N²); (r, N), and the mean of column n is that of row n
+    flat = K.flatten(1)  # (r, N²)
+    rows = K.mean(2)  # (r, N); K is symmetric, so these are the means of the columns too
     means = rows.mean(1)
     G = flat @ flat.T / N**2 - 2 * rows @ rows.T / N + torch.outer(means, means)
-    length = G.diagonal().clamp(min=0).sqrt()
-    length = length.masked_fill(length == 0, torch.inf)  # of a null code: K = 0
+    squares = G.diagonal()
+    length = squares.masked_fill(squares <= 0, torch.inf).sqrt()  # of a null code K is 0
     return G / length[:, None] / length[None, :]
 
 
@@ -297,10 +306,10 @@ def redundancy(
     nonlinear a constant code, whatever Bᵢ. In euclidean two zero maps are equal, which is 1. Raises
     ValueError.
 
-    Claim 1. Where no component is null, redundancy equals redundancy_dense in every metric: value,
-    gradient of B and gradient of S.
+    Claim 1. Where no Bᵢ is null and no code is constant, redundancy equals redundancy_dense in
+    every metric: value, gradient of B (None counts as 0) and gradient of S.
 
-    Claim 7. One component, r = 1, gives 0 in every metric, with gradient 0.
+    Claim 7. One component, r = 1, gives 0 in every metric, and its gradient is 0.
 
     Claim 8. cosine, linear and nonlinear are in [0, 1] to rounding. Where no component is null,
     they do not depend on the order, signs and lengths of the components, and are 1 for equal ones.
@@ -313,7 +322,7 @@ def redundancy(
     """
     check_options(metric, beta, sigma, samples)
     check_factors(B, S)
-    with full_precision(S):
+    with no_autocast(S):
         B, S = at_least_float32(B), at_least_float32(S)
         if metric == "euclidean":
             R = euclidean(B, S, beta)
@@ -330,15 +339,14 @@ def redundancy(
 # --------------------------------------------------------------- 3. many factors of one ΔW
 #
 # For every invertible M (r, r), (BM⁻¹)(MA) = BA: the factors can change while ΔW, and so the whole
-# model, does not. Choosing M is called choosing a gauge. R changes with it, so it is a property of
-# the factors and not of ΔW. `regauge` chooses one where cosine is 0, and linear too:
+# model, does not. Choosing factors is called choosing a gauge. R changes with M, so R is a property
+# of the factors and not of ΔW. `regauge` finds factors where cosine is 0, and linear too:
 #
-# QR gives B = QU, Q (o, k) with orthonormal columns, U (k, r), k the smaller of o and r. With
-# C = UA then BA = QC. Put any
-# orthogonal V between the two, BA = (QV)(VᵀC), and call the new factors B' = QV and A' = VᵀC. The
-# columns of B' are orthonormal, so cosine is 0. The codes are x A'ᵀ = (x Cᵀ)V, and centred they are
-# TV with T = x Cᵀ centred. SVD gives T = PΣVᵀ, and with this V the codes are TV = PΣ: their columns
-# are orthogonal, which means that the codes are uncorrelated, and linear is 0.
+# QR gives B = QU, Q (o, k) with orthonormal columns, U (k, r), k the smaller of o and r. Let C be
+# UA, so BA = QC. Put any orthogonal V between the two, BA = (QV)(VᵀC), and call the new factors
+# B' = QV and A' = VᵀC. The columns of B' are orthonormal, so cosine is 0. The codes are
+# x A'ᵀ = (x Cᵀ)V, and centred they are TV with T = x Cᵀ centred. SVD gives T = PΣVᵀ, and with this
+# V the codes are TV = PΣ: their columns are orthogonal, that is, uncorrelated, so linear is 0.
 #
 # Nonlinear cannot always be brought to 0, by any M. If x = (cos t, sin t) runs around a circle, the
 # code of every row of A is a wave a·cos(t − φ). Two waves are alike, however far their phases φ are
@@ -352,7 +360,8 @@ def regauge(B: Tensor, A: Tensor, x: Tensor | None = None) -> tuple[Tensor, Tens
     B (o, r), A (r, d), x (…, d); B' and A' have the shapes and dtypes of B and A. Without x, T is
     Cᵀ, and A' has orthogonal rows; for level="weight", then, linear is 0. If r > o, the last r − o
     components are 0. If B = 0, both are returned unchanged: A' would be 0, and A is worth keeping.
-    Use it as the control of an experiment with R. Raises ValueError.
+    It is the control of an experiment with R: same ΔW and R ≈ 0, so does a low R help by itself?
+    Raises ValueError.
 
     Claim 5. B'A' = BA for every N and r, to rounding, and cosine is 0 for B' and A'. Where T has
     full rank k, linear is 0 on the given x.
@@ -373,7 +382,7 @@ def regauge(B: Tensor, A: Tensor, x: Tensor | None = None) -> tuple[Tensor, Tens
     if not B.any():
         return B.clone(), A.clone()
     dtype = torch.promote_types(at_least_float32(B).dtype, at_least_float32(A).dtype)
-    with full_precision(B):
+    with no_autocast(B):
         Q, U = torch.linalg.qr(B.to(dtype))  # (o, k), (k, r), k the smaller of o and r
         C = U @ A.to(dtype)  # (k, d)
         T = C.T  # (d, k)
@@ -381,12 +390,12 @@ def regauge(B: Tensor, A: Tensor, x: Tensor | None = None) -> tuple[Tensor, Tens
             T = centered(x.reshape(-1, x.shape[-1]).to(dtype) @ C.T)  # (N, k)
         T = torch.linalg.qr(T, mode="r").R  # at most (k, k), with the same TᵀT and so the same V
         V = torch.linalg.svd(T).Vh.T  # (k, k)
-        null = B.shape[1] - V.shape[1]  # r − k
+        spare = B.shape[1] - V.shape[1]  # r − k columns and rows of zeros
         C = V.T @ C
         size = C.abs().amax(1, keepdim=True)  # (k, 1); a norm's squares could vanish
         rounding = size <= 8 * torch.finfo(dtype).eps * size.max()
         C = C.masked_fill(rounding, 0.0)  # a component that ΔW does not have
-        B, A = F.pad(Q @ V, (0, null)).to(B), F.pad(C, (0, 0, 0, null)).to(A)
+        B, A = F.pad(Q @ V, (0, spare)).to(B), F.pad(C, (0, 0, 0, spare)).to(A)
     return B, A
 
 
@@ -468,7 +477,7 @@ class LoRALinear(nn.Module):
 
         A LoRALinear as base is merged too. Raises TypeError for a base that is quantised, or that
         computes something else than nn.Linear: its weight does not say what it does. Raises
-        ValueError if a tensor has no numbers.
+        ValueError if one of its tensors is on the meta device and another is not.
         """
         base = self.base.merge() if isinstance(self.base, LoRALinear) else self.base
         check_mergeable(base, A=self.A, B=self.B)
@@ -496,7 +505,7 @@ def codes(inputs: list[Tensor], A: Tensor) -> Tensor:
     """S = x Aᵀ (N, r) for the inputs of all calls of a layer, each (N, d)."""
     x = torch.cat(inputs) if len(inputs) > 1 else inputs[0]
     check_input(x, A.shape[1], A=A)
-    with full_precision(x):
+    with no_autocast(x):
         return x @ A.T.to(x.dtype)
 
 
@@ -506,6 +515,7 @@ def is_lora(module: nn.Module) -> bool:
         return True
     if not isinstance(getattr(module, "lora_A", None), nn.ModuleDict):
         return False
+    # PEFT keeps an embedding's factors apart; `check_peft` then says that it is no Linear.
     adapters = [*module.lora_A, *getattr(module, "lora_embedding_A", {})]
     return any(name in adapters for name in getattr(module, "active_adapters", []))
 
@@ -540,7 +550,7 @@ class ReSoRA:
     forward has the tokens of both calls. A layer that does not run, or gets no token, is left out
     of the mean, and so is one whose weight is read without a call. Padding tokens count. Nothing
     may change a layer's input in place before the penalty, as x += layer(x) does. Nonlinear draws
-    other tokens in each step.
+    other tokens in each step, unless `generator` is a number.
 
     With other tools:
       PEFT             the active adapters of a layer are one set of components; attach anew after
@@ -559,13 +569,14 @@ class ReSoRA:
 
     Claim 2. The weight level equals the feature level if xᵀx = c·I: for euclidean c = N/d, for
     cosine any c > 0, for linear any c > 0 if the columns of x have mean 0, and for nonlinear, with
-    samples ≥ d, if x itself is c·I up to the order of its rows.
+    samples ≥ d, if x itself is a multiple of I up to the order of its rows.
 
     Claim 10. Attaching ReSoRA and computing a penalty changes no bit of an output, of a merged
     weight and of the global random state.
 
-    Claim 12. The penalty alone gives B the gradient None in linear and nonlinear, which train A
-    from the first step; in euclidean and cosine it trains both, and while B = 0 neither.
+    Claim 12. With detach_input, the penalty alone gives B the gradient None in linear and
+    nonlinear, which train A from the first step; in euclidean and cosine it trains both, and while
+    B = 0 neither.
     """
 
     def __init__(
@@ -586,7 +597,7 @@ class ReSoRA:
             lora_pair(name, layer)  # raises if it must
         self.metric, self.level, self.detach_input = metric, level, detach_input
         self.options = {"center": level == "feature", **options}
-        self.draws = 0  # calls of `penalty`: the seed of nonlinear's next draw of tokens
+        self.draws = 0  # calls of `penalty`; their number is the seed of nonlinear's draw of tokens
         self.inputs = {}  # layer's name: its inputs, each (N, d)
         self.recording = False
         self.hooks = []
@@ -679,6 +690,7 @@ def find_layers(model: nn.Module, targets: str | Iterable[str], kinds) -> dict[s
     if not targets:
         raise ValueError("found no targets; want the name of a layer, or its end, at least once")
     modules = dict(model.named_modules(remove_duplicate=False))
+    # A container has a name too, but nobody means it; a wrapper of one's own is refused below.
     containers = nn.Sequential, nn.ModuleList, nn.ModuleDict
     layers = {name: m for name, m in modules.items() if name and not isinstance(m, containers)}
     found = {}
@@ -759,7 +771,7 @@ def merge(model: nn.Module) -> nn.Module:
             raise type(error)(f"{name}: {error}") from None
     if model in merged:
         return merged[model]
-    for name in reversed(layers):  # a LoRALinear that is the base of another comes first
+    for name in reversed(layers):  # a LoRALinear that is the base of another goes first
         model.set_submodule(name, merged[layers[name]])
     return model
 
@@ -778,7 +790,7 @@ def at_least_float32(X: Tensor) -> Tensor:
     return X.to(torch.promote_types(X.dtype, torch.float32))
 
 
-def full_precision(X: Tensor) -> torch.autocast:
+def no_autocast(X: Tensor) -> torch.autocast:
     """A block in which autocast does not turn the matrix products on X's device to half."""
     device = "cpu" if X.is_meta else X.device.type
     return torch.autocast(device, enabled=False)
@@ -786,22 +798,22 @@ def full_precision(X: Tensor) -> torch.autocast:
 
 def plus_product(W: Tensor, B: Tensor, A: Tensor) -> Tensor:
     """W + B A in W's dtype, computed in at least float32 and rounded once."""
-    with full_precision(W):
+    with no_autocast(W):
         product = at_least_float32(B) @ at_least_float32(A)
         return (at_least_float32(W) + product).to(W.dtype)
 
 
 def centered(S: Tensor) -> Tensor:
-    """S (N, r) minus its mean over the tokens, where a code that is constant becomes exactly 0.
+    """S (N, r) minus its mean over the tokens; a code within 64·eps of its mean becomes exactly 0.
 
     Subtracting the mean c of a constant code leaves rounding errors of some eps·|c|. Divided by
     their length, they would be a code like any other.
     """
     mean = S.mean(0)
-    C = S - mean
+    difference = S - mean
     rounding = 64 * torch.finfo(S.dtype).eps * mean.abs()
-    constant = C.detach().abs().amax(0) <= rounding
-    return C.masked_fill(constant, 0.0)
+    constant = difference.detach().abs().amax(0) <= rounding
+    return difference.masked_fill(constant, 0.0)
 
 
 def check_options(
@@ -812,7 +824,7 @@ def check_options(
     generator: torch.Generator | int | None = None,
     center: bool = True,
 ) -> None:
-    """Raise ValueError for an option that is out of range, and TypeError for one there is not."""
+    """Raise ValueError for an option that is out of range, and TypeError for an unknown one."""
     if metric not in METRICS:
         raise ValueError(f"metric: found {metric!r}, want one of {METRICS}")
     if not (0 < beta < torch.inf and 0 < sigma < torch.inf and samples >= 2):

@@ -90,7 +90,7 @@ MUTANTS: dict[str, list[Change]] = {
     "H13": [
         "factors = lambda U, *dtype: (was(U, *dtype)[0], -was(U, *dtype)[1])",
         "factors = lambda U, *dtype: (was(U, *dtype)[0], was(U.flip(1), *dtype)[1].flip(0))",
-        ("return A, C * (2 / length)[:, None]", "return A, C"),
+        ("return A, C * (2 / product)[:, None]", "return A, C"),
     ],
     "R1": [
         "euclidean = lambda B, S, beta: was(B, S, 2 * beta)",
@@ -98,7 +98,7 @@ MUTANTS: dict[str, list[Change]] = {
         "linear = lambda B, S, center: was(B, S)",
         "nonlinear = lambda B, S, sigma: was(B, S, sigma * 2**0.5)",
         "linear_maps = lambda G, H, center: was(G, H)",
-        "lengths = lambda X, least=EPS: was(X, least).detach()",
+        "lengths = lambda X: was(X).detach()",
     ],
     "R2": [
         "codes = lambda inputs, A: 2 * was(inputs, A)",
@@ -120,7 +120,7 @@ MUTANTS: dict[str, list[Change]] = {
         "regauge = lambda B, A, x=None: (was(B, A, x)[0], -was(B, A, x)[1])",
     ],
     "R6": [
-        "lengths = lambda X, least=EPS: X.norm(dim=0)",
+        "lengths = lambda X: X.norm(dim=0)",
         "centered = lambda S: S - S.mean(0)",
     ],
     "R7": [
@@ -131,7 +131,7 @@ MUTANTS: dict[str, list[Change]] = {
     "R8": [
         "cosine = lambda B, S: cosines(B) * cosines(S)",
         "linear = lambda B, S, center: (S.T @ S).square()",
-        "lengths = lambda X, least=EPS: torch.ones_like(X[0])",
+        "lengths = lambda X: torch.ones_like(X[0])",
     ],
     "R9": [
         "nonlinear = lambda B, S, sigma: linear(B, S)",

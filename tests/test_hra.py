@@ -230,7 +230,8 @@ def test_H9_how_far_r_mirrors_reach(d, o, r, seed):
 
 @given(D, st.integers(1, 9), st.integers(1, 4), SEEDS, st.sampled_from([F64, F32, BF16, F16]))
 def test_H10_merge_is_forward(d, o, r, seed, dtype):
-    """merge() equals forward, and costs O(d·r·(o + r)) for r ≤ d."""
+    """The merged layer computes what forward computes, and merging costs O(d·r·(o + r)) for r ≤
+    d."""
     m, x = layer(seed, d, o, r, dtype).eval(), normal(seed, 6, d, dtype=dtype)
     before = copy.deepcopy(m.base.state_dict())
     with FlopCounterMode(display=False) as flops:
