@@ -20,8 +20,10 @@ TOP = """\
 
 Every claim of the three method files and the worst error that its test saw, as a share of the bound
 that the test allows: "exact" is no error at all, "tight" more than 90 % of the bound, "loose" less
-than 1 %, "-" a claim without numbers. `pytest` prints the same for the claims that it runs, on
-other examples each time; `python -m figures.certificate --measure` made this page.
+than 1 %, "-" a claim without numbers. Every tight and loose bound was looked at: H9 and R13 say how
+far something can go, and their tests go there, so that the bound is the claim itself. `pytest`
+prints the same for the claims that it runs, on other examples each time;
+`python -m figures.certificate --measure` made this page.
 """
 
 

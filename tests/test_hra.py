@@ -236,7 +236,7 @@ def test_H10_merge_is_forward(d, o, r, seed, dtype):
     before = copy.deepcopy(m.base.state_dict())
     with FlopCounterMode(display=False) as flops:
         plain = m.merge()
-    within(flops.get_total_flops(), 4 * d * r * (o + r) + 4 * r**3)
+    assert 0 < flops.get_total_flops() <= 4 * d * r * (o + r) + 4 * r**3
     assert type(plain) is nn.Linear and plain.weight.dtype == dtype and not plain.training
     close(plain(x), m(x), 40 * (d + r) * eps(dtype))
     exact = m.base.weight.double() @ chain(m.U.detach().double())
