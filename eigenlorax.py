@@ -190,9 +190,7 @@ def by_gram(X: Tensor, k: Rule, free: tuple[int, int]) -> tuple[Tensor, Tensor]:
     K = choose_k(sigma[: min(free)].float(), k, free)
     E = E.flip(1)[:, :K].T  # (K, m) or (K, n): the first K eigenvectors, as rows
     along = E @ X if wide else E  # (K, n), row i is σᵢvᵢ or vᵢ, orthogonal but for rounding
-    V = torch.linalg.qr(
-        along.T
-    ).Q.T  # orthogonal and of length 1; qr may turn a sign, which is free
+    V = torch.linalg.qr(along.T).Q.T  # orthonormal now; qr may turn a sign, which is free
     return sigma[:K], V
 
 
