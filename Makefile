@@ -1,7 +1,9 @@
-# make demo   recycle LoRA adapters on real digits: table, JSON and figure under runs/
-# make test   every test but the slow ones      make slow      the slow ones
-# make lint   ruff                              make mutants   do the tests see broken code?
-# make bench  what everything costs, beside the committed ratios: minutes, on a quiet machine
+# make demo     recycle LoRA adapters on real digits: table, JSON and figure under runs/
+# make test     every test but the slow ones
+# make slow     the slow ones
+# make mutants  do the tests see broken code?
+# make bench    what everything costs, beside the committed ratios (on a quiet machine)
+# make lint     ruff
 
 PYTHON ?= python3
 # The release the committed numbers were measured with. `make TORCH=torch test` takes the newest.
@@ -9,7 +11,10 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test slow lint mutants bench clean
+.PHONY: help demo test slow lint mutants bench clean
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
 demo: .venv/installed
 	$(BIN)/python train_vit.py
