@@ -225,7 +225,8 @@ def principal_components(rows: Tensor, k: Rule = None, center: bool = True) -> C
     decompose = by_svd if rows.dtype == torch.float64 else by_gram
     sigma, V = decompose(X, k, (free, n))
     like = torch.empty(0, dtype=at_least_float32(rows.dtype), device=rows.device)
-    return Components(V.to(like), sigma.to(like), mean.to(like), energy_of(X))
+    V = V.to(like).contiguous()  # safetensors wants it so
+    return Components(V, sigma.to(like), mean.to(like), energy_of(X))
 
 
 def augment(V: Tensor, p: int, generator: torch.Generator | None = None) -> Tensor:
@@ -475,8 +476,9 @@ class EigenLoRAxLinear(nn.Module):
 
     def forward(self, x: Tensor, task: int | Sequence[int] | Tensor | None = None) -> Tensor:
         """x (…, d) → (…, o). task: one for all, or one for each x[i]; None: the active one."""
-        if x.shape[-1] != self.in_features:
-            raise ValueError(f"x {tuple(x.shape)}; want (…, {self.in_features})")
+        if not isinstance(x, Tensor) or x.shape[-1:] != (self.in_features,):
+            found = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"x is {found}; want a tensor (…, {self.in_features})")
         y = self.base(x)
         x = x.to(y.dtype)  # a base, or autocast, may answer in another dtype
         if task is None and self.gathered is not None and not torch.is_grad_enabled():
@@ -748,13 +750,19 @@ def set_task(
 def merge(model: nn.Module, task: int | None = None) -> nn.Module:
     """Replace each EigenLoRAxLinear by its merged Linear, in place; return `model`.
 
-    task None: each layer's active one. Merge before save_pretrained (from_pretrained would make the
-    adapted layers anew, at random), tie_weights, resize_token_embeddings, and all else that takes a
-    layer for a plain Linear.
+    task None: each layer's active one. All are merged before the first is replaced: an error, which
+    names its layer, leaves the model as it was. Merge before save_pretrained (from_pretrained would
+    make the adapted layers anew, at random), tie_weights, resize_token_embeddings, and all else
+    that takes a layer for a plain Linear.
     """
     modules = model.named_modules(remove_duplicate=False)
     layers = {name: m for name, m in modules if isinstance(m, EigenLoRAxLinear)}
-    plain = {layer: layer.merge(task) for layer in layers.values()}  # before any takes its place
+    plain = {}  # layer: its Linear
+    for name, layer in layers.items():
+        try:
+            plain[layer] = layer.merge(task)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name}: {error}") from None
     for name, layer in layers.items():
         if not name:  # the model is itself an adapted layer
             return plain[layer]
