@@ -46,6 +46,11 @@ def within(error: float | Tensor, bound: float | Tensor) -> None:
     assert error <= bound, f"off by {error:.3g}, allowed {bound:.3g}"
 
 
+def at_least(found: float | Tensor, floor: float) -> None:
+    """Assert that a number is finite and at least `floor` > 0, and note how near it came."""
+    within(floor, found)
+
+
 def close(found: Tensor | float, wanted: Tensor | float, bound: float | Tensor) -> None:
     """Assert the same shape, finite values, and no entry further from the wanted than `bound`."""
     found, wanted = torch.as_tensor(found).detach(), torch.as_tensor(wanted).detach()
@@ -57,6 +62,6 @@ def close(found: Tensor | float, wanted: Tensor | float, bound: float | Tensor) 
 
 
 def exactly(found: Tensor, wanted: Tensor) -> None:
-    """Assert the same shape, dtype and bits."""
+    """Assert the same shape, dtype and values, without rounding."""
     assert found.dtype == wanted.dtype, f"{found.dtype}, wanted {wanted.dtype}"
     close(found, wanted, 0.0)

@@ -12,7 +12,7 @@ from torch import nn
 
 import resora
 from resora import METRICS, LoRALinear, ReSoRA, adapt, redundancy, redundancy_dense, regauge
-from tests.checks import EPS, F32, SEEDS, close, exactly, normal, seeded, within
+from tests.checks import EPS, F32, SEEDS, at_least, close, exactly, normal, seeded, within
 
 O, D, R = st.integers(1, 12), st.integers(1, 12), st.integers(1, 6)
 CENTRED = ("linear", "nonlinear")
@@ -68,34 +68,33 @@ def test_R2_weight_level_is_the_feature_level_on_isotropic_inputs(seed, d, more,
     """The weight level equals the feature level if xᵀx = c·I: for euclidean c = N/d, for cosine any
     c > 0, for linear any c > 0 if the columns of x have mean 0, and for nonlinear, with samples
     ≥ d, if x itself is a multiple of I up to the order of its rows."""
-    layer = LoRALinear(nn.Linear(d, o, dtype=torch.float64), r)
+    layer = LoRALinear(nn.Linear(d, o, dtype=torch.float64), r, alpha=2 * r)  # scaling 2
     B, A, noise, shift = draw(seed, (o, r), (r, d), (d + 1 + more, d), (1,))
     layer.B.data, layer.A.data = B, A
     N = len(noise)
     Q = torch.linalg.qr(noise)[0]  # (N, d), QᵀQ = I
     centred = torch.linalg.qr(noise - noise.mean(0))[0]  # and no mean
-    inputs = {
-        "cosine": (1 + shift.abs()) * Q,
-        "euclidean": math.sqrt(N / d) * Q,
-        "linear": (1 + shift.abs()) * centred,
-        "nonlinear": -3
-        * torch.eye(d, dtype=torch.float64)[torch.randperm(d, generator=seeded(seed))],
+    shuffled = torch.eye(d, dtype=torch.float64)[torch.randperm(d, generator=seeded(seed))]
+    cond = torch.linalg.cond(noise - noise.mean(0)).item()  # what centring does to d columns
+    inputs = {  # x, and how much the metric enlarges a rounding error
+        "cosine": ((1 + shift.abs()) * Q, cond),
+        "euclidean": (math.sqrt(N / d) * Q, cond),
+        "linear": ((1 + shift.abs()) * centred, cond),
+        "nonlinear": (-3 * shuffled, condition(A.T) ** 2),
     }
-    # cond is what is left of d columns after centring; no square of it appears
-    cond = torch.linalg.cond(noise - noise.mean(0)).item() if d > 1 else 1.0
-    for metric, x in inputs.items():
+    for metric, (x, enlarged) in inputs.items():
         with ReSoRA(layer, metric) as feature:
             layer(x)
             found = feature.penalty()
         weight = ReSoRA(layer, metric, level="weight").penalty()
-        close(
-            found, weight, 10 * N * EPS * (condition(A.T) ** 2 if metric == "nonlinear" else cond)
-        )
+        close(found, weight, 10 * N * EPS * enlarged)
+        if metric != "nonlinear":
+            close(found, redundancy(2 * B, x @ A.T, metric), 10 * N * o * EPS * enlarged)
     if d > r:  # not a coincidence: on other inputs the two differ
         with ReSoRA(layer, "cosine") as feature:
             layer(Q * torch.arange(1.0, d + 1, dtype=torch.float64) ** 2)
             other = feature.penalty()
-        assert other != ReSoRA(layer, "cosine", level="weight").penalty()
+        assert (other - ReSoRA(layer, "cosine", level="weight").penalty()).abs() > 1e-9
 
 
 @given(SEEDS, st.integers(3, 30), O, st.integers(2, 6))
@@ -123,13 +122,8 @@ def test_R4_per_token_squared_cosine_sees_only_B(seed, N, o, r):
     for token in S:
         value = redundancy(B, token[None], "cosine")
         close(value, wanted, 10 * o * EPS)
+        # And with no gradient at a code there is none at A.
         close(gradients(value, S)[0], torch.zeros_like(S), 100 * o * EPS)  # 1/|s| ≤ 10
-    # and from the maps themselves
-    H = feature_maps(B, S.detach())
-    H = H / H.norm(dim=-1, keepdim=True)
-    cosines = torch.einsum("ino,jno->nij", H, H).square()
-    i, j = np.triu_indices(r, 1)
-    close(cosines[:, i, j].mean(1), wanted.expand(N), 10 * o * EPS)
 
 
 @given(SEEDS, st.integers(1, 20), O, D, st.integers(1, 12), st.booleans())
@@ -201,15 +195,16 @@ def test_R6_zero_B_is_finite(seed, N, o, r, metric):
 def test_R7_rank_one_gives_zero(seed, N, o, metric):
     """One component, r = 1, gives 0 in every metric, and its gradient is 0."""
     for function in (redundancy, redundancy_dense):
-        B, S = draw(seed, (o, 1), (N, 1))
-        S.requires_grad_()
+        B, S = (X.requires_grad_() for X in draw(seed, (o, 1), (N, 1)))
         value = function(B, S, metric)
         exactly(value, torch.zeros((), dtype=torch.float64))
-        value.backward()  # there is a path
-        exactly(S.grad, torch.zeros_like(S))
+        for gradient in gradients(value, B, S):  # there is a path
+            exactly(gradient, torch.zeros_like(gradient))
 
 
-@given(SEEDS, st.integers(4, 30), O, st.integers(2, 6), st.sampled_from(METRICS[1:]))
+@given(
+    SEEDS, st.integers(4, 30), O, st.integers(2, 6), st.sampled_from(METRICS[1:])
+)  # all but euclidean
 def test_R8_range_and_invariance(seed, N, o, r, metric):
     """cosine, linear and nonlinear are in [0, 1] to rounding. Where no component is null, they do
     not depend on the order, signs and lengths of the components, and are 1 for equal ones."""
@@ -217,6 +212,7 @@ def test_R8_range_and_invariance(seed, N, o, r, metric):
     drawn = resora.draw_tokens(S, 16, None)
     value = redundancy(B, S, metric, samples=16)
     bound = 5 * N * o * EPS * condition(drawn) ** 2
+    assert value.isfinite()
     within(max(0.0, -value.item(), value.item() - 1), bound)
     generator = seeded(seed)
     order = torch.randperm(r, generator=generator)
@@ -238,7 +234,14 @@ def test_R9_nonlinear_sees_what_linear_does_not(seed, half):
     S = torch.stack([s, s.square() - 1], 1)
     B = torch.eye(3, 2, dtype=torch.float64)
     close(redundancy(B, S, "linear"), torch.zeros(()), (10 * half * EPS) ** 2)
-    within(0.12, redundancy(B, S, "nonlinear"))
+    found = redundancy(B, S, "nonlinear", samples=256)
+    at_least(found, 0.12)
+    # The same from the definition, by numpy: the centred kernels, and their cosine.
+    mean_off = np.eye(2 * half) - 1 / (2 * half)
+    distances = [(code[:, None] - code) ** 2 / (2 * code.var()) for code in S.numpy().T]
+    K, L = (mean_off @ np.exp(-distance) @ mean_off for distance in distances)
+    wanted = (K * L).sum() / np.linalg.norm(K) / np.linalg.norm(L)
+    close(found, torch.tensor(wanted), 100 * half * EPS)
 
 
 @given(SEEDS, st.sampled_from(METRICS), st.sampled_from(["feature", "weight"]))
@@ -287,6 +290,9 @@ def test_R11_euclidean_pays_for_growth(seed, N, o, r):
     if r > 1:
         values = [redundancy(scale * B, S, "euclidean").item() for scale in (1, 2, 4)]
         assert values == sorted(values, reverse=True) and values[0] > values[2]
+    for scale in (1, 2):  # equal maps
+        twins = scale * B[:, :1].expand(o, 2), S[:, :1].expand(N, 2)
+        close(redundancy(*twins, "euclidean"), 1.0, 10 * EPS * H.square().sum())
 
 
 @given(SEEDS, st.integers(8, 30), st.integers(2, 6), st.sampled_from(METRICS))
@@ -297,16 +303,22 @@ def test_R12_linear_and_nonlinear_train_A_alone(seed, N, r, metric):
     neither."""
     generator = seeded(seed)
     model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
-    modules = adapt(model, ["0", "2"], rank=r, generator=generator)
-    for module in modules.values():
-        nn.init.normal_(module.B, generator=generator)
-    with ReSoRA(model, metric) as regularizer:
-        model(normal(generator, N, 8, dtype=F32))
-        regularizer.penalty().backward()
-    without = sum(module.B.grad is None for module in modules.values())
-    close(without, 2 if metric in CENTRED else 0, 0)
-    for p in model.parameters():
-        assert p.grad is None or (p.grad.isfinite().all() and p.grad.ne(0).any())
+    modules = adapt(model, ["0", "2"], rank=r, generator=generator).values()
+    for filled in (False, True):  # the first step, where B = 0, and a later one
+        model.zero_grad()
+        if filled:
+            for module in modules:
+                nn.init.normal_(module.B, generator=generator)
+        with ReSoRA(model, metric) as regularizer:
+            model(normal(generator, N, 8, dtype=F32))
+            regularizer.penalty().backward()
+        trained = [(module.A, module.B) for module in modules]
+        if metric in CENTRED:
+            assert all(B.grad is None for _, B in trained)
+            trained = [(A,) for A, _ in trained]
+        for p in (p for factors in trained for p in factors):
+            assert p.grad.isfinite().all()
+            close(p.grad.ne(0).any().item(), metric in CENTRED or filled, 0)
 
 
 @given(SEEDS, st.integers(16, 100), O, st.floats(0, math.pi))
@@ -319,8 +331,8 @@ def test_R13_nonlinear_forbids_some_products(seed, N, o, turn):
     x = torch.stack([angles.cos(), angles.sin()], 1)
     B, A = draw(seed, (o, 2), (2, 2))
     turned = torch.tensor([[1.0, 0.0], [math.cos(turn), math.sin(turn)]], dtype=torch.float64)
-    for factor in (A, turned):
-        within(0.07, redundancy(B, x @ factor.T, "nonlinear"))
+    for factor in (A, turned):  # lengths and a common turn aside, every A is a `turned` one
+        at_least(redundancy(B, x @ factor.T, "nonlinear"), 0.07)
     if o > 1:  # regauge, which makes linear 0 here, cannot do it either
         B2, A2 = regauge(B, A, x)
-        within(0.07, redundancy(B2, x @ A2.T, "nonlinear"))
+        at_least(redundancy(B2, x @ A2.T, "nonlinear"), 0.07)
