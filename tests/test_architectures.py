@@ -10,104 +10,70 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-import eigenlorax
-import hra
 import resora
+from tests.checks import F32, close, eps
+from tests.test_layers import METHODS, adapt, fill, trained
 
 TINY = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
 IMAGE = dict(image_size=4, patch_size=2)
 TEXT = dict(vocab_size=20, max_position_embeddings=32)
 ENDS = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
-VISION = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
+SWIN = dict(image_size=8, patch_size=2, embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=2)
+CLIP = dict(text_config=TINY | TEXT | ENDS, vision_config=TINY | IMAGE, projection_dim=8)
+DEBERTA = dict(relative_attention=True, position_buckets=4, pos_att_type="p2c|c2p")
+DEBERTA |= dict(share_att_key=True, norm_rel_ebd="layer_norm")
+GROUPED = dict(num_key_value_heads=1, sliding_window=4)
+GPT2 = dict(n_embd=16, n_layer=2, n_head=2, n_positions=32)
+RESNET = dict(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+QV = ["q_proj", "v_proj"]
+VIT = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
 BERT = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
 LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-METHODS = {"hra": hra, "resora": resora, "eigenlorax": eigenlorax}
-RANK, K, TASKS = 2, 3, 2
 
-# name: (configuration, what HRA adapts: every Linear of the blocks; what the others do: q, v or so)
+# name: (its configuration, the head, what HRA adapts: every Linear of the blocks, how many these
+# are; what the others adapt: q, v or so, how many these are)
+AUTO = transformers.AutoModel
+IMAGES = transformers.AutoModelForImageClassification
+CLASSES = transformers.AutoModelForSequenceClassification
+TOKENS = transformers.AutoModelForCausalLM
 ARCHITECTURES = {
-    "vit": (transformers.ViTConfig(**TINY, **IMAGE), VISION, ["q_proj", "v_proj"]),
-    "dinov2": (transformers.Dinov2Config(**TINY, **IMAGE), VISION, ["q_proj", "v_proj"]),
-    "swin": (
-        transformers.SwinConfig(
-            image_size=8, patch_size=2, embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=2
-        ),
-        VISION,
-        ["q_proj", "v_proj"],
-    ),
-    "clip": (
-        transformers.CLIPConfig(
-            text_config={**TINY, **TEXT, **ENDS}, vision_config=TINY | IMAGE, projection_dim=8
-        ),
-        ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
-        ["q_proj", "v_proj"],
-    ),
-    "bert": (transformers.BertConfig(**TINY, **TEXT), BERT, ["query", "value"]),
-    "roberta": (transformers.RobertaConfig(**TINY, **TEXT), BERT, ["query", "value"]),
-    "deberta-v3": (
-        transformers.DebertaV2Config(
-            **TINY,
-            **TEXT,
-            relative_attention=True,
-            position_buckets=4,
-            pos_att_type="p2c|c2p",
-            share_att_key=True,
-            norm_rel_ebd="layer_norm",
-        ),
+    "vit": (TINY | IMAGE, IMAGES, VIT, 12, QV, 4),
+    "dinov2": (TINY | IMAGE, IMAGES, VIT, 12, QV, 4),
+    "swin": (SWIN, IMAGES, VIT, 12, QV, 4),
+    "clip": (CLIP, AUTO, [*VIT[:3], "out_proj", "fc1", "fc2"], 24, QV, 8),
+    "bert": (TINY | TEXT, CLASSES, BERT, 12, ["query", "value"], 4),
+    "roberta": (TINY | TEXT, CLASSES, BERT, 12, ["query", "value"], 4),
+    "deberta-v2": (
+        TINY | TEXT | DEBERTA,
+        CLASSES,
         ["query_proj", "key_proj", "value_proj", *BERT[3:]],
+        12,
         ["query_proj", "value_proj"],
+        4,
     ),
-    "llama": (transformers.LlamaConfig(**TINY, **TEXT, **ENDS), LLAMA, ["q_proj", "v_proj"]),
-    "mistral": (
-        transformers.MistralConfig(**TINY, **TEXT, **ENDS, num_key_value_heads=1, sliding_window=4),
-        LLAMA,
-        ["q_proj", "k_proj", "v_proj"],
-    ),
-    "gpt2": (
-        transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=32, **TEXT, **ENDS),
-        ["c_attn", "c_proj", "c_fc"],
-        ["c_attn"],
-    ),
-    "resnet": (
-        transformers.ResNetConfig(
-            embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic"
-        ),
-        ["convolution"],
-        None,
-    ),
+    "llama": (TINY | TEXT | ENDS, TOKENS, LLAMA, 14, QV, 4),
+    "mistral": (TINY | TEXT | ENDS | GROUPED, TOKENS, LLAMA, 14, LLAMA[:3], 6),
+    "gpt2": (GPT2 | TEXT | ENDS, TOKENS, ["c_attn", "c_proj", "c_fc"], 8, ["c_attn"], 2),
+    "resnet": (RESNET, IMAGES, ["convolution"], 6, None, 0),
 }
-LAYERS = {"clip": (24, 8), "llama": (14, 4), "mistral": (14, 6), "gpt2": (8, 2), "resnet": (6, 0)}
-DECODERS = ("llama", "mistral", "gpt2")
 
 
-def build(name: str) -> tuple[nn.Module, dict]:
+def build(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
     """A model in evaluation mode, whose outputs do not hang on a tie, and a batch for it."""
-    config = ARCHITECTURES[name][0]
-    kind = {
-        "clip": transformers.AutoModel,
-        **dict.fromkeys(DECODERS, transformers.AutoModelForCausalLM),
-        **dict.fromkeys(
-            ("bert", "roberta", "deberta-v3"), transformers.AutoModelForSequenceClassification
-        ),
-    }.get(name, transformers.AutoModelForImageClassification)
+    options, kind, *_ = ARCHITECTURES[name]
     transformers.set_seed(0)
-    model = kind.from_config(config).eval()
+    model = kind.from_config(transformers.AutoConfig.for_model(name, **options)).eval()
     with torch.no_grad():
         for p in model.parameters():
             p += 0.2 * torch.randn_like(p)
-    vision = getattr(config, "vision_config", config)
-    size = getattr(vision, "image_size", 32)
-    batch = {
-        "pixel_values": torch.randn(3, 3, size, size),
-        "input_ids": torch.randint(3, 20, (3, 7)),
-    }
-    if name == "clip":
-        batch["input_ids"][:, -1] = ENDS["eos_token_id"]  # where its text model looks
-        return model, batch
-    return model, {model.main_input_name: batch[model.main_input_name]}
+    size = options.get("image_size", 32 if name == "resnet" else 4)
+    ids = torch.randint(3, 20, (3, 7))
+    ids[:, -1] = ENDS["eos_token_id"]  # where CLIP's text model looks
+    batch = {"pixel_values": torch.randn(3, 3, size, size), "input_ids": ids}
+    return model, batch if name == "clip" else {model.main_input_name: batch[model.main_input_name]}
 
 
 def with_linears(model: nn.Module) -> nn.Module:
@@ -115,116 +81,84 @@ def with_linears(model: nn.Module) -> nn.Module:
     for name, conv in [(n, m) for n, m in model.named_modules() if isinstance(m, Conv1D)]:
         linear = nn.Linear(*conv.weight.shape)
         linear.weight, linear.bias = nn.Parameter(conv.weight.detach().T), conv.bias
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, linear)
+        model.set_submodule(name, linear)
     return model
 
 
-def layers_of(model: nn.Module, targets: list[str]) -> dict[str, nn.Module]:
-    """The layers that the targets mean, found without the methods' help."""
-    ends = tuple(f".{t}" for t in targets)
-    kinds = nn.Linear, nn.Conv2d
-    return {n: m for n, m in model.named_modules() if isinstance(m, kinds) and n.endswith(ends)}
-
-
-def adapted(method: str, model: nn.Module, targets: list[str], seed: int) -> dict[str, nn.Module]:
-    """{name: module} of a model that a method has adapted, with random numbers by a seed."""
-    generator = torch.Generator().manual_seed(seed)
-    if method == "eigenlorax":
-        fixed = torch.Generator().manual_seed(9)  # the recycled adapters are the same for any seed
-        draw = lambda *shape: torch.randn(*shape, generator=fixed)  # noqa: E731
-        shapes = {n: layer.weight.shape for n, layer in layers_of(model, targets).items()}
-        adapters = [{n: (draw(o, 2), draw(2, d)) for n, (o, d) in shapes.items()} for _ in range(3)]
-        subspaces = eigenlorax.recycle(adapters, k=K)
-        return eigenlorax.adapt(model, subspaces, RANK, tasks=TASKS, generator=generator)
-    return METHODS[method].adapt(model, targets, RANK, generator=generator)
-
-
-def wanted_count(method: str, o: int, d: int) -> int:
-    """Trained numbers of one layer by the formula of README's table."""
-    return {"hra": d * RANK, "resora": (d + o) * RANK, "eigenlorax": TASKS * 2 * K * RANK}[method]
-
-
-def outputs_of(model: nn.Module, batch: dict) -> torch.Tensor:
+def outputs_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     found = model(**batch)
-    logits = found.logits_per_image if "logits_per_image" in found else found.logits
-    assert logits.isfinite().all()
-    return logits
+    return found.logits_per_image if "logits_per_image" in found else found.logits
 
 
-def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
+def alike(found: Tensor, wanted: Tensor) -> None:
     """Up to float32's rounding in a few dozen layers of sums of up to 24 products."""
-    tolerance = 500 * torch.finfo(torch.float32).eps * wanted.abs().max()
-    assert (found - wanted).abs().max() <= tolerance
+    close(found, wanted, 500 * eps(F32) * wanted.abs().max())
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_gpt2s_conv1d_is_refused(method):
-    model = build("gpt2")[0]
-    flags = [p.requires_grad for p in model.parameters()]
+    model, _ = build("gpt2")
     with pytest.raises(ValueError, match=r"c_attn.*Conv1D"):
         METHODS[method].adapt(model, {"c_attn": None})  # only the names are looked at
     assert isinstance(model.transformer.h[0].attn.c_attn, Conv1D)
-    assert flags == [p.requires_grad for p in model.parameters()]
+    assert all(p.requires_grad for p in model.parameters())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_an_architecture_lives_with_a_method(name, method, tmp_path):
+    """It is adapted, starts at W, trains, is saved and loaded, merged, and writes text."""
     model, batch = build(name)
-    targets = ARCHITECTURES[name][1 if method == "hra" else 2]
+    *_, every, count, some, few = ARCHITECTURES[name]
+    targets, count = (every, count) if method == "hra" else (some, few)
     if targets is None:
         pytest.skip("a convolution is adapted by HRA alone")
+    before = outputs_of(model, batch).detach()
     if name == "gpt2":
-        before = outputs_of(model, batch)
-        close(outputs_of(with_linears(model), batch), before)
-    bare, before = copy.deepcopy(model), outputs_of(model, batch).detach()
-    shapes = {n: layer.weight.flatten(1).shape for n, layer in layers_of(model, targets).items()}
-    assert len(shapes) == LAYERS.get(name, (12, 4))[method != "hra"]
+        alike(outputs_of(with_linears(model), batch), before)
+    bare, rank = copy.deepcopy(model), 2
+    ends = tuple(f".{target}" for target in targets)
+    kinds = nn.Linear, nn.Conv2d
+    plain = {n: m for n, m in model.named_modules() if isinstance(m, kinds) and n.endswith(ends)}
+    names = [*plain] if method == "eigenlorax" else targets
 
-    modules = adapted(method, model, targets, seed=0)
-    assert set(modules) == set(shapes)
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    assert sum(p.numel() for p in trained.values()) == sum(
-        wanted_count(method, *shape) for shape in shapes.values()
-    )
-    close(outputs_of(model, batch), before)  # every method starts at W
+    layers = adapt(method, model, names, rank)
+    assert set(layers) == set(plain) and len(plain) == count
+    numbers = 0  # by the formulas of README's table
+    for o, d in (m.weight.flatten(1).shape for m in plain.values()):
+        numbers += {"hra": d * rank, "resora": (d + o) * rank, "eigenlorax": 2 * 4 * rank}[method]
+    assert sum(p.numel() for p in trained(model).values()) == numbers
+    alike(outputs_of(model, batch), before)  # every method starts at W
 
-    with torch.no_grad():
-        for p in trained.values():
-            p += 0.6 * torch.randn_like(p)
-    penalty = {
-        "hra": lambda: sum(m.penalty() for m in modules.values()),
-        "resora": resora.ReSoRA(model).penalty if method == "resora" else None,
-        "eigenlorax": lambda: 0.0,
-    }[method]
-    after = outputs_of(model, batch)
+    regularizer = resora.ReSoRA(model) if method == "resora" else None
+    after = outputs_of(fill(model), batch)
     assert (after - before).abs().max() > 0.01 * before.abs().max()
-    (after.square().mean() + penalty()).backward()
-    other = ".1" if method == "eigenlorax" else "none"  # the other task was not asked
-    asked = {n: p for n, p in trained.items() if not n.endswith(other)}
+    loss = after.square().mean()
+    if method == "hra":
+        loss = loss + sum(m.penalty() for m in layers.values())
+    if method == "resora":
+        loss = loss + regularizer.penalty()
+    loss.backward()
     for n, p in model.named_parameters():
-        assert (p.grad is not None) == (n in asked), n
-    for n, p in asked.items():
-        assert p.grad.isfinite().all() and p.grad.abs().max() > 0, n
+        assert (p.grad is not None) == p.requires_grad, n
+        assert p.grad is None or (p.grad.isfinite().all() and p.grad.abs().max() > 0), n
 
-    save_file({n: p.detach() for n, p in trained.items()}, tmp_path / "adapter.safetensors")
+    save_file({n: p.detach() for n, p in trained(model).items()}, tmp_path / "adapter.safetensors")
     again = copy.deepcopy(bare)
-    adapted(method, again, targets, seed=1)
+    adapt(method, again, names, rank, seed=1)
     unexpected = again.load_state_dict(load_file(tmp_path / "adapter.safetensors"), False)[1]
     assert unexpected == [] and torch.equal(outputs_of(again, batch), after)
 
     merged = METHODS[method].merge(copy.deepcopy(again))
     assert [type(m) for m in merged.modules()] == [type(m) for m in bare.modules()]
-    close(outputs_of(merged, batch), after)
-    if name in DECODERS:
+    alike(outputs_of(merged, batch), after)
+    if ARCHITECTURES[name][1] is TOKENS:
         same = dict(max_new_tokens=12, min_new_tokens=12, do_sample=False)
-        prompt = batch["input_ids"]
-        tokens = [
-            m.generate(prompt, use_cache=cache, **same)
+        by_adapter, by_merged, without_cache, by_bare = (
+            m.generate(batch["input_ids"], use_cache=cache, **same)
             for m, cache in ((again, True), (merged, True), (again, False), (bare, True))
-        ]
-        assert tokens[0].shape == (3, 19)
-        assert torch.equal(tokens[0], tokens[1]) and torch.equal(tokens[0], tokens[2])
-        assert not torch.equal(tokens[0], tokens[3])
+        )
+        assert by_adapter.shape == (3, 19)
+        assert torch.equal(by_adapter, by_merged) and torch.equal(by_adapter, without_cache)
+        assert not torch.equal(by_adapter, by_bare)

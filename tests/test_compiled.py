@@ -1,107 +1,88 @@
 """Compiled and eager modules agree, in one graph; forward, penalty and backward never wait.
 
-Forward and penalty of every method as one function of x, so that a graph break, or a value that
-Python asks for, is found wherever it is.
+Forward, penalty and all that is read of a layer are one function of x, so that a graph break, or a
+value that Python asks for, is found wherever it is.
 """
 
 import shutil
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.func import functional_call
 
-import eigenlorax
-import hra
 import resora
+from tests.checks import EPS, close, normal, seeded
+from tests.test_layers import KINDS, fill, inputs, layer, trained
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def base(kind: type = nn.Linear) -> nn.Module:
-    layer = nn.Linear(12, 8) if kind is nn.Linear else nn.Conv2d(3, 8, (2, 3), padding=1)
-    for p in layer.parameters():
-        nn.init.normal_(p, std=0.3, generator=seeded())
-    return layer.double()
-
-
 class Step(nn.Module):
-    """What a training step asks of adapted layers: outputs and, if there is one, the penalty."""
+    """What a training step asks of a model: outputs, what is read, and a penalty if it has one."""
 
-    def __init__(self, layer: nn.Module, penalty=None, **call):
+    def __init__(self, model: nn.Module, penalty=None):
         super().__init__()
-        self.layer, self.penalty, self.call = layer, penalty, call
+        self.model, self.penalty = model, penalty
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.layer(x, **self.call)
-        return y if self.penalty is None else y.square().mean() + self.penalty()
-
-
-def hra_step(kind: type = nn.Linear, **options) -> Step:
-    wrap = hra.HRALinear if kind is nn.Linear else hra.HRAConv2d
-    layer = wrap(base(kind), 4, "random", generator=seeded(1), **options)
-    return Step(layer, layer.penalty)
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.model(x).square().mean()
+        if hasattr(self.model, "pair"):
+            B, A = self.model.pair()
+            y = y + self.model.weight.square().mean() + B.square().mean() + A.square().mean()
+        return y if self.penalty is None else y + self.penalty()
 
 
-def resora_step(metric: str | None, level: str = "feature", samples: int = 64) -> Step:
-    torch.manual_seed(0)
-    model = nn.Sequential(base(), nn.Tanh(), nn.Linear(8, 12).double(), nn.Tanh(), base())
-    for i, layer in enumerate(
-        resora.adapt(model, ["0", "2", "4"], 3, generator=seeded(2)).values()
-    ):
-        nn.init.normal_(layer.B, generator=seeded(i))
-    if metric is None:
-        return Step(model)
-    return Step(model, resora.ReSoRA(model, metric, level, samples=samples).penalty)
+def resora_step(metric: str, level: str = "feature", samples: int = 64) -> Step:
+    """Three layers, one after the other, and their redundancy."""
+    shapes = (9, 8), (8, 12), (12, 8)
+    linears = [nn.Linear(d, o, dtype=torch.float64) for d, o in shapes]
+    model = nn.Sequential(linears[0], nn.Tanh(), linears[1], nn.Tanh(), linears[2])
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.3, generator=seeded(0))
+    resora.adapt(model, ["0", "2", "4"], 3, generator=seeded(2))
+    regularizer = resora.ReSoRA(fill(model), metric, level, samples=samples)
+    return Step(model, regularizer.penalty)
 
 
-def eigenlorax_step() -> Step:
-    normal = lambda *size: torch.randn(*size, dtype=torch.float64, generator=seeded(3))  # noqa: E731
-    subspace = eigenlorax.recycle([{"q": (normal(8, 6), normal(6, 12))}], k=5)["q"]
-    options = dict(rank=2, init="random", generator=seeded(4))
-    return Step(eigenlorax.EigenLoRAxLinear(base(), subspace, **options))
+def layer_step(kind: str) -> Step:
+    made = layer(kind)
+    return Step(made, getattr(made, "penalty", None))
 
 
-STEPS = {
-    "HRA": hra_step,
-    "HRA strict": lambda: hra_step(strict=True),
-    "HRA convolution": lambda: hra_step(nn.Conv2d),
-    "LoRA": lambda: resora_step(None),
-    **{f"ReSoRA {m}": (lambda m=m: resora_step(m)) for m in resora.METRICS},
-    **{f"ReSoRA {m} weight": (lambda m=m: resora_step(m, "weight")) for m in resora.METRICS},
-    "ReSoRA nonlinear, drawn": lambda: resora_step("nonlinear", samples=16),
-    "EigenLoRAx": eigenlorax_step,
-}
+RESORA = {f"ReSoRA {metric}": (metric, "feature") for metric in resora.METRICS}
+RESORA |= {f"ReSoRA {metric} weight": (metric, "weight") for metric in resora.METRICS}
+RESORA |= {"ReSoRA nonlinear, drawn": ("nonlinear", "feature", 16)}
+STEPS = [kind for kind in KINDS if "mixed" not in kind] + [*RESORA]  # mixed: with its ids below
 
 
-def inputs(name: str, rows: int = 40) -> torch.Tensor:
-    size = (4, 3, 5, 6) if "convolution" in name else (rows, 12)
-    return torch.randn(size, dtype=torch.float64, generator=seeded(5)).requires_grad_()
+def make(name: str) -> tuple[Step, Tensor]:
+    """A step and an input for it."""
+    if name in RESORA:
+        return resora_step(*RESORA[name]), normal(5, 40, 9).requires_grad_()
+    step = layer_step(name)
+    return step, inputs(step.model, 4).requires_grad_()
 
 
-def value_and_gradients(step: Step, call, x: torch.Tensor) -> list[torch.Tensor]:
-    trained = [p for p in step.parameters() if p.requires_grad]
+def value_and_gradients(step: Step, call, x: Tensor) -> list[Tensor]:
+    """A scalar and its gradients at x and at all that trains."""
     y = call(x)
-    return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *trained])]
+    parameters = [x, *trained(step).values()]
+    return [y.detach(), *torch.autograd.grad(y, parameters, materialize_grads=True)]
 
 
 def agree(name: str, backend: str) -> None:
+    """Two steps compiled are two steps."""
     torch.compiler.reset()
-    plain, other = STEPS[name](), STEPS[name]()  # two, since a draw moves on
+    (plain, x), (other, _) = make(name), make(name)  # two, since a draw moves on
     whole = "drawn" not in name  # a generator cannot be made inside of a graph
     compiled = torch.compile(other, fullgraph=whole, backend=backend)
     for _ in range(2):
-        eager = value_and_gradients(plain, plain, inputs(name))
-        fast = value_and_gradients(other, compiled, inputs(name))
-        for a, b in zip(eager, fast, strict=True):
-            assert a.isfinite().all()
-            scale = 1e3 * torch.finfo(a.dtype).eps * a.abs().max()  # some thousand sums
-            assert (a - b).abs().max() <= scale, (name, (a - b).abs().max(), scale)
+        eager = value_and_gradients(plain, plain, x)
+        fast = value_and_gradients(other, compiled, x)
+        for one, wanted in zip(fast, eager, strict=True):
+            close(one, wanted, 1e3 * EPS * wanted.abs().max())  # some thousand sums
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -119,20 +100,37 @@ def test_generated_code_equals_eager(name):
 @pytest.mark.parametrize("name", STEPS)
 def test_nothing_waits_for_a_value(name):
     """Fake tensors have no values, so that .item() and the like raise."""
-    step, mode = STEPS[name](), FakeTensorMode(allow_non_fake_inputs=True)
+    (step, x), mode = make(name), FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         tensors = {n: mode.from_tensor(t) for n, t in step.state_dict(keep_vars=True).items()}
-        x = mode.from_tensor(inputs(name))
-        y = functional_call(step, tensors, x)
-        trained = [t for t in tensors.values() if t.requires_grad]
-        assert all(g is not None for g in torch.autograd.grad(y.sum(), [x, *trained]))
+        y = functional_call(step, tensors, mode.from_tensor(x))
+        parameters = [t for t in tensors.values() if t.requires_grad]
+        torch.autograd.grad(y, parameters, materialize_grads=True)
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_functional_call_reaches_the_penalty(name):
+    """Value and gradients are those of the parameters that it is given, not of the module's own."""
+    step, x = make(name)
+    own, given = trained(step), {}
+    for i, (key, p) in enumerate(own.items()):
+        given[key] = (p + normal(i, *p.shape)).detach().requires_grad_()
+    value = functional_call(step, given, x)
+    found = torch.autograd.grad(value, [*given.values()], materialize_grads=True)
+    step, x = make(name)
+    for key, p in trained(step).items():
+        p.data = given[key].detach()
+    exact, _, *wanted = value_and_gradients(step, step, x)
+    close(value, exact, 1e3 * EPS * exact.abs())
+    for one, other in zip(found, wanted, strict=True):
+        close(one, other, 1e3 * EPS * other.abs().max())
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="no CUDA here, whose synchronisations this counts")
 @pytest.mark.parametrize("name", STEPS)
 def test_nothing_waits_for_the_device(name):
-    step, x = STEPS[name]().to(DEVICE), inputs(name).detach().to(DEVICE).requires_grad_()
-    step.call = {k: v.to(DEVICE) if torch.is_tensor(v) else v for k, v in step.call.items()}
+    step, x = make(name)
+    step, x = step.to(DEVICE), x.detach().to(DEVICE).requires_grad_()
     value_and_gradients(step, step, x)  # libraries start up
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -18,22 +18,21 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from torch.utils.data import default_collate
 
 import common
-import eigenlorax
-import hra
 import resora
 import train_vit
+from tests.checks import normal, seeded
 from tests.test_common import command, save_lora, tiny_task, tiny_vit
+from tests.test_layers import METHODS, adapt, fill, trained
 
 ROOT = Path(__file__).parents[1]
 # Adam divides by √v + 1e-8: where a gradient is 0 but for rounding, 1e-17 of it is 1e-9 of a step.
 TOLERANCE = dict(rtol=1e-9, atol=1e-9)
 
 
-def torchrun(*arguments: str, seconds: float = 300) -> subprocess.CompletedProcess:
-    """A program on two processes. Not --master_port 0: they would wait at port 0 for each other."""
+def torchrun(*arguments: str, seconds: float = 300) -> str:
+    """What a program prints on two processes. (With --master_port 0 they would wait for ever.)"""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     process = subprocess.Popen(
         [*launch, *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -46,14 +45,14 @@ def torchrun(*arguments: str, seconds: float = 300) -> subprocess.CompletedProce
             process.communicate(timeout=30)
         process.kill()
         raise
-    return subprocess.CompletedProcess(launch, process.returncode, out, err)
+    assert process.returncode == 0, err[-3000:]
+    return out
 
 
 def on_two(case: str, folder: Path, *arguments: str):
     """What a case returns on two processes."""
     out = folder / f"{case}.json"
-    done = torchrun("-m", "tests.test_distributed", case, str(out), *arguments)
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun("-m", "tests.test_distributed", case, str(out), *arguments)
     count, result = json.loads(out.read_text())
     assert count == 2
     return result
@@ -100,44 +99,29 @@ def test_two_processes_train_as_one(tmp_path):
         np.testing.assert_allclose(losses_2, losses, rtol=4 * 2**-23, err_msg=name)  # float32 sums
 
 
-def pictures(n: int = 8) -> tuple[nn.Module, common.ImageTask, resora.ReSoRA]:
-    model, data = tiny_vit(), tiny_task(n)
-    modules = resora.adapt(model, common.targets_of(model), rank=2)
-    generator = torch.Generator().manual_seed(1)
-    for module in modules.values():
-        nn.init.normal_(module.A, generator=generator)
-        nn.init.normal_(module.B, generator=generator)
-    return model, data, resora.ReSoRA(model, "linear")
-
-
-def statistics() -> list[float]:
-    """ReSoRA's R in the first step of training, one for each process."""
-    model, data, regulariser = pictures()
-    accelerate, seen = common.accelerator(), []
+def redundancies() -> list[list[float]]:
+    """Of each process: ReSoRA's R in its first step of training, and its sum of weights after."""
+    model, accelerate, seen = tiny_vit(), common.accelerator(), []
+    resora.adapt(model, common.targets_of(model), rank=2, generator=seeded(1))
+    regularizer = resora.ReSoRA(fill(model), "linear")
 
     def penalty(progress: float) -> torch.Tensor:
-        seen.append(regulariser.penalty())
+        seen.append(regularizer.penalty())
         return seen[-1]
 
     options = dict(epochs=1, batch_size=8, lr=1e-2, seed=3)
-    common.train(model, data, accelerate, penalty=penalty, **options)
-    return accelerate.gather(seen[0].detach().view(1)).tolist()
+    common.train(model, tiny_task(8), accelerate, penalty=penalty, **options)
+    weights = sum(p.detach().double().sum() for p in trained(model).values())
+    return accelerate.gather(torch.stack([seen[0].detach().double(), weights])[None]).tolist()
 
 
 @pytest.mark.slow
 def test_each_process_sees_the_redundancy_of_its_own_rows(tmp_path):
-    """As R is no mean over tokens, the mean of the processes' R is not R of the whole batch."""
-    found = on_two("statistics", tmp_path)
-    order = torch.randperm(8, generator=torch.Generator().manual_seed(3))  # seed 3, epoch 0
-    model, data, regulariser = pictures()
-    model.train()
-
-    def R(rows: torch.Tensor) -> float:
-        model(**default_collate([data[i] for i in rows.tolist()]))
-        return regulariser.penalty().item()
-
-    np.testing.assert_allclose(found, [R(order[:4]), R(order[4:])], rtol=1e-5)  # float32
-    assert abs(np.mean(found) - R(order)) > 1e-3
+    """R of a batch is no mean of the R of its halves; the gradients are averaged all the same."""
+    (first, weights), (second, same_weights) = on_two("redundancies", tmp_path)
+    assert weights == same_weights
+    ((whole, other_weights),) = redundancies()
+    assert abs((first + second) / 2 - whole) > 1e-3 and first != second and weights != other_weights
 
 
 def files(folder: str) -> list:
@@ -167,26 +151,24 @@ def test_only_the_first_process_writes(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "command, name, count",
+    "line, name, count",
     [
         ("train_vit.py --seeds 1 --epochs 1 --batch-size 60", "vit_digits", 9 * 6),
         ("train_glue.py --quick --epochs 1", "glue_eigenlorax", 5 * 6),
     ],
 )
-def test_a_script_on_two_processes_is_the_script(tmp_path, command, name, count):
+def test_a_script_on_two_processes_is_the_script(tmp_path, line, name, count):
     """A table whose rows recycle adapters that earlier rows wrote."""
-    options = [*command.split(), "--runs"]
     one, two = tmp_path / "one", tmp_path / "two"
-    done = torchrun(*options, str(two), seconds=900)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("Random subspace") == 1  # one table
+    printed = torchrun(*line.split(), "--runs", str(two), seconds=900)
+    assert printed.count("Random subspace") == 1  # one table
     # One process goes on from their backbones and LoRA adapters. Its own would differ in the last
     # digits of float32, and their components in signs and rotation, where training starts.
     shutil.copytree(two, one)
     for file in one.glob("*/finished/*.json"):
         if json.loads(file.read_text())["run"]["row"] not in ("backbone", "LoRA r=4"):
             file.unlink()
-    launch = [sys.executable, *options, str(one), "--jobs", "1"]
+    launch = [sys.executable, *line.split(), "--runs", str(one), "--jobs", "1"]
     done = subprocess.run(launch, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     left, right = (sorted(str(f.relative_to(n)) for f in n.rglob("*")) for n in (one, two))
@@ -216,46 +198,32 @@ def test_torchrun_refuses_what_two_processes_cannot_do(monkeypatch, tmp_path, op
 # ---------------------------------------------------------------- FSDP2
 
 
-def blocks(method: str) -> tuple[nn.Module, dict[str, nn.Module]]:
-    """Three blocks in float64 with adapted Linears, and their adapters."""
-    torch.manual_seed(0)
-    layers = (nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8)) for _ in range(3))
-    model, generator = nn.Sequential(*layers).double(), torch.Generator().manual_seed(1)
-    if method == "EigenLoRAx":
-        normal = lambda *size: torch.randn(*size, generator=generator).double()  # noqa: E731
-        shapes = {n: m.weight.shape for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-        recycled = [
-            {n: (normal(o, 2), normal(2, d)) for n, (o, d) in shapes.items()} for _ in range(3)
-        ]
-        subspaces = eigenlorax.recycle(recycled, k=4)
-        return model, eigenlorax.adapt(model, subspaces, rank=3, generator=generator)
-    make = {"HRA": hra.adapt, "LoRA": resora.adapt}[method]
-    return model, make(model, ["0", "2"], rank=4, generator=generator)
-
-
 def fsdp() -> dict[str, list[float]]:
     """{method: trained numbers after five steps}, sharded by FSDP2 where there are processes."""
-    found = {}
+    found, count, index = {}, 1, 0
     if dist.is_torchelastic_launched():
         dist.init_process_group("gloo")
-    index, count = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    for method in ("HRA", "LoRA", "EigenLoRAx"):
-        model, modules = blocks(method)
-        if dist.is_initialized():
+        count, index = dist.get_world_size(), dist.get_rank()
+    for method in METHODS:
+        torch.manual_seed(0)
+        blocks = (nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8)) for _ in range(3))
+        model = nn.Sequential(*blocks).double()
+        names = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+        layers = adapt(method, model, names)
+        if count > 1:
             for block in model:  # penalty() needs the parameters after forward
-                fully_shard(block, reshard_after_forward=method != "HRA")
+                fully_shard(block, reshard_after_forward=method != "hra")
             fully_shard(model)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=1e-2)
-        x, y = torch.randn(2, 6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+        optimizer = torch.optim.AdamW(trained(model).values(), lr=1e-2)
+        x, y = normal(2, 2, 6, 8)
         for _ in range(5):
             loss = (model(x[index::count]) - y[index::count]).square().mean()
-            if method == "HRA":
-                loss = loss + 0.1 * sum(m.penalty() for m in modules.values())
+            if method == "hra":
+                loss = loss + 0.1 * sum(m.penalty() for m in layers.values())
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-        whole = [p.full_tensor() if dist.is_initialized() else p for p in trained]
+        whole = [p.full_tensor() if count > 1 else p for p in trained(model).values()]
         found[method] = torch.cat([p.detach().flatten() for p in whole]).tolist()
     return found
 
@@ -268,7 +236,7 @@ def test_fsdp2_around_every_method_trains_as_one_process(tmp_path):
         np.testing.assert_allclose(two[method], wanted, **TOLERANCE, err_msg=method)
 
 
-CASES = {case.__name__: case for case in (train, statistics, files, fsdp)}
+CASES = {case.__name__: case for case in (train, redundancies, files, fsdp)}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
