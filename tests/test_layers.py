@@ -20,7 +20,7 @@ import resora
 from eigenlorax import EigenLoRAxLinear, Subspace
 from hra import HRAConv2d, HRALinear
 from resora import LoRALinear, ReSoRA
-from tests.checks import BF16, EPS, F16, F32, F64, close, eps, exactly, normal, seeded
+from tests.checks import BF16, EPS, F16, F32, F64, close, eps, exactly, normal, seeded, within
 
 METHODS = {"hra": hra, "resora": resora, "eigenlorax": eigenlorax}
 LINEARS = ["HRA", "HRA strict", "LoRA", "EigenLoRAx", "EigenLoRAx, mixed"]
@@ -36,8 +36,7 @@ class Mixed(EigenLoRAxLinear):
 
 def subspace(o: int, d: int, K: int = 4, seed: int = 9) -> Subspace:
     """V_A (K, d) and V_B (K, o) of one random adapter."""
-    pair = normal(seed, o, K, dtype=F32), normal(seed, K, d, dtype=F32)
-    return eigenlorax.recycle([{"q": pair}])["q"]
+    return eigenlorax.recycle([{"q": (normal(seed, o, K), normal(seed, K, d))}])["q"]
 
 
 def wrap(
@@ -174,13 +173,15 @@ def test_it_stands_in_the_place_of_its_base(kind):
     m = layer(kind)
     assert m.bias is m.base.bias and not trained(m.base)
     assert (m.in_features, m.out_features) == (m.base.weight[0].numel(), 7)
-    own = {"HRA": ["U"], "LoRA": ["A", "B"]}.get(kind.split()[0])
-    alphas = [f"alpha_{side}.{task}" for side in "AB" for task in range(3)]
-    assert sorted(trained(m)) == (own or alphas)
-    frozen = ["base.bias", "base.weight", *(["V_A", "V_B"] if own is None else [])]
-    assert sorted(m.state_dict()) == sorted([*trained(m), *frozen])
+    own = {HRALinear: ["U"], HRAConv2d: ["U"], LoRALinear: ["A", "B"]}.get(type(m))
+    frozen = ["base.weight", "base.bias"]
+    if isinstance(m, EigenLoRAxLinear):
+        own = [f"alpha_{side}.{task}" for side in "AB" for task in range(3)]
+        frozen += ["V_A", "V_B"]
+    assert [*trained(m)] == own
+    assert {*m.state_dict()} == {*own, *frozen}
     assert all(value.is_contiguous() for value in m.state_dict().values())  # safetensors' wish
-    assert own is None or "rank=4" in repr(m)
+    assert isinstance(m, EigenLoRAxLinear) or "rank=4" in repr(m)
     new, x = wrap(kind, m.base), inputs(m, 3)
     if kind != "HRA strict":
         close(new(x), new.base(x), 100 * EPS)
@@ -200,7 +201,8 @@ def test_dtypes(kind, dtype):
     assert y.dtype == m.weight.dtype == m.merge().weight.dtype == dtype
     close(y, wanted(m, x), 20 * eps(dtype))  # values to about 5, some ten roundings
     W = equation(m)
-    close(m.merge().weight, W, (eps(dtype) / 2 + 40 * eps(wide)) * W.abs().max())
+    rounded_once = eps(dtype) / 2 * W.abs() + 40 * eps(wide) * W.abs().max()
+    within(((m.merge().weight - W).abs() / rounded_once).max(), 1.0)
     half, x = copy.deepcopy(m).to(BF16), x.to(BF16)  # what trains as well
     close(half(x), wanted(half, x), 20 * eps(BF16))
     assert {p.dtype for p in [*half.parameters(), *half.buffers()]} == {BF16}
@@ -360,11 +362,11 @@ def test_a_model_is_adapted_trained_and_merged(method):
     assert type(METHODS[method].merge(layers["q"])) is nn.Linear
 
 
-@pytest.mark.parametrize("method", ["hra", "resora"])
+@pytest.mark.parametrize("method", METHODS)
 def test_two_names_of_a_layer_are_one_adapter(method):
-    model = Net()
-    layers = adapt(method, model, ["v", "again"])
-    assert list(layers) == ["v", "again"] and layers["v"] is layers["again"]
+    inner = nn.ModuleDict({"q": nn.Linear(4, 4)})
+    layers = adapt(method, nn.ModuleDict({"a": inner, "b": inner}), ["q"])
+    assert list(layers) == ["a.q", "b.q"] and layers["a.q"] is layers["b.q"] is inner["q"]
 
 
 @pytest.mark.parametrize("method", METHODS)
