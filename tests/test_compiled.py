@@ -34,35 +34,25 @@ class Step(nn.Module):
         return y if self.penalty is None else y + self.penalty()
 
 
-def resora_step(metric: str, level: str = "feature", samples: int = 64) -> Step:
-    """Three layers, one after the other, and their redundancy."""
-    shapes = (9, 8), (8, 12), (12, 8)
-    linears = [nn.Linear(d, o, dtype=torch.float64) for d, o in shapes]
-    model = nn.Sequential(linears[0], nn.Tanh(), linears[1], nn.Tanh(), linears[2])
-    for p in model.parameters():
-        nn.init.normal_(p, std=0.3, generator=seeded(0))
-    resora.adapt(model, ["0", "2", "4"], 3, generator=seeded(2))
-    regularizer = resora.ReSoRA(fill(model), metric, level, samples=samples)
-    return Step(model, regularizer.penalty)
-
-
-def layer_step(kind: str) -> Step:
-    made = layer(kind)
-    return Step(made, getattr(made, "penalty", None))
-
-
 RESORA = {f"ReSoRA {metric}": (metric, "feature") for metric in resora.METRICS}
 RESORA |= {f"ReSoRA {metric} weight": (metric, "weight") for metric in resora.METRICS}
-RESORA |= {"ReSoRA nonlinear, drawn": ("nonlinear", "feature", 16)}
-STEPS = [kind for kind in KINDS if "mixed" not in kind] + [*RESORA]  # mixed: with its ids below
+RESORA |= {"ReSoRA nonlinear, drawn": ("nonlinear", "feature")}
+STEPS = [kind for kind in KINDS if "mixed" not in kind] + [*RESORA]
 
 
 def make(name: str) -> tuple[Step, Tensor]:
-    """A step and an input for it."""
-    if name in RESORA:
-        return resora_step(*RESORA[name]), normal(5, 40, 9).requires_grad_()
-    step = layer_step(name)
-    return step, inputs(step.model, 4).requires_grad_()
+    """A step and an input for it: one layer of a kind, or three LoRAs and their redundancy."""
+    if name in KINDS:
+        model = layer(name)
+        return Step(model, getattr(model, "penalty", None)), inputs(model, 4).requires_grad_()
+    linears = [nn.Linear(d, o, dtype=torch.float64) for d, o in ((9, 8), (8, 12), (12, 8))]
+    model = nn.Sequential(linears[0], nn.Tanh(), linears[1], nn.Tanh(), linears[2])
+    for i, p in enumerate(model.parameters()):
+        p.data = 0.3 * normal(i, *p.shape)
+    resora.adapt(model, ["0", "2", "4"], 3, generator=seeded(2))
+    samples = 16 if "drawn" in name else 64
+    regularizer = resora.ReSoRA(fill(model), *RESORA[name], samples=samples)
+    return Step(model, regularizer.penalty), normal(5, 40, 9).requires_grad_()
 
 
 def value_and_gradients(step: Step, call, x: Tensor) -> list[Tensor]:
@@ -73,7 +63,7 @@ def value_and_gradients(step: Step, call, x: Tensor) -> list[Tensor]:
 
 
 def agree(name: str, backend: str) -> None:
-    """Two steps compiled are two steps."""
+    """Values and gradients of two steps, one after the other."""
     torch.compiler.reset()
     (plain, x), (other, _) = make(name), make(name)  # two, since a draw moves on
     whole = "drawn" not in name  # a generator cannot be made inside of a graph

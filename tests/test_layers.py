@@ -132,35 +132,44 @@ def readings(layer: nn.Module) -> list[Tensor]:
 # -------------------------------------------------------------------------------------- one layer
 
 
+def gradients(value: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Of a sum of sines, which tells every entry from the others; 0 where there is none."""
+    total = value.sin().sum()
+    return torch.autograd.grad(total, tensors, retain_graph=True, materialize_grads=True)
+
+
+BOUND = 100 * EPS  # sums of up to 12 products of size 1, in a few steps
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "batch, bias", [((), True), ((0,), True), ((5,), False), ((2, 3), True), ((2, 0, 3), True)]
 )
-def test_forward_weight_pair_and_merge_are_the_equation(kind, batch, bias):
-    """Values, gradients at x and at all that trains; and the merged layer is one of its own."""
-    m = layer(kind, bias=bias).eval()
+def test_forward_weight_and_pair_are_the_equation(kind, batch, bias):
+    """And so are their gradients at x and at all that trains."""
+    m = layer(kind, bias=bias)
     if kind == "EigenLoRAx, mixed":
         batch = (3, *batch)  # one of them must be the sample
     x = inputs(m, *batch).requires_grad_()
-    base = copy.deepcopy(m.base)
-    W, y = equation(m), wanted(m, x)
     B, A = m.pair()
-    sum_W = m.base.weight.flatten(1) + B @ A
-    bound = 100 * EPS  # sums of up to 12 products of size 1, in a few steps
-    for found, exact in ((m(x), y), (m.weight, W), (sum_W, W.flatten(1))):
-        close(found, exact, bound)
-        ours, theirs = (
-            torch.autograd.grad(
-                value.sin().sum(), [x, *asked(m)], retain_graph=True, materialize_grads=True
-            )
-            for value in (found, exact)
-        )
+    sum_W = (m.base.weight.flatten(1) + B @ A).view_as(m.base.weight)
+    W = equation(m)
+    for found, exact in ((m(x), wanted(m, x)), (m.weight, W), (sum_W, W)):
+        close(found, exact, BOUND)
+        ours, theirs = gradients(found, x, *asked(m)), gradients(exact, x, *asked(m))
         for one, other in zip(ours, theirs, strict=True):
-            close(one, other, 20 * bound)
+            close(one, other, 20 * BOUND)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_merge_is_forward_and_a_plain_layer_of_its_own(kind, bias):
+    m = layer(kind, bias=bias).eval()
+    x, base = inputs(m, 4), copy.deepcopy(m.base)
     plain = m.merge()
     assert type(plain) is type(base) and str(plain) == str(base)
     assert not plain.training and not trained(plain)
-    close(plain(x), y, bound)
+    close(plain(x), m(x), BOUND)
     for p in plain.parameters():
         p.data.zero_()
     for p, before in zip(m.base.parameters(), base.parameters(), strict=True):
@@ -184,7 +193,7 @@ def test_it_stands_in_the_place_of_its_base(kind):
     assert isinstance(m, EigenLoRAxLinear) or "rank=4" in repr(m)
     new, x = wrap(kind, m.base), inputs(m, 3)
     if kind != "HRA strict":
-        close(new(x), new.base(x), 100 * EPS)
+        close(new(x), new.base(x), BOUND)
 
 
 @pytest.mark.parametrize("dtype", [F64, F32, BF16, F16])
@@ -308,7 +317,7 @@ def test_a_layer_around_a_layer_is_merged_with_it(kind):
     y = model(x)
     METHODS["hra" if kind == "HRA" else "resora"].merge(model)
     assert type(model[0]) is nn.Linear
-    close(model(x), y, 100 * EPS)
+    close(model(x), y, BOUND)
 
 
 # -------------------------------------------------------------------------------------- a model
