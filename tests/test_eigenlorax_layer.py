@@ -309,14 +309,15 @@ def test_serving_routes_a_whole_model(make, shapes):
     alone = torch.cat(alone)
     assert (alone[0] - alone[1]).abs().max() > 0.001
     for given_ids in (ids, tuple(ids), torch.tensor(ids), np.array(ids, dtype=np.uint16)):
-        with serving(layers, given_ids):
-            close(model(IDS)[0], alone, 1e-5)  # float32, of order 1
-            with serving(layers, 2), torch.no_grad():
-                close(model(IDS[:1])[0], alone[:1], 1e-5)
-        with torch.no_grad(), serving(layers, given_ids):
-            close(model(IDS)[0], alone, 1e-5)
-            with torch.enable_grad():
+        for gradients in (True, False):
+            with torch.set_grad_enabled(gradients), serving(layers, given_ids):
+                with serving(layers, 2):
+                    close(model(IDS[:1])[0], alone[:1], 1e-5)  # float32, of order 1
                 close(model(IDS)[0], alone, 1e-5)
+                with torch.enable_grad():
+                    y = model(IDS)[0]
+                close(y, alone, 1e-5)
+                assert y.requires_grad
 
 
 def test_a_block_that_ends_by_an_error_leaves_the_tasks_as_they_were():
@@ -326,7 +327,7 @@ def test_a_block_that_ends_by_an_error_leaves_the_tasks_as_they_were():
         raise RuntimeError("stop")
     assert layers["q"].task == 0 and layers["q"].gathered is None
     with serving(layers, [2, 0]), pytest.raises(RuntimeError):
-        nn.functional.linear(torch.ones(1, 9), layers["q"].weight)  # there is no one weight
+        nn.functional.linear(normal(0, 1, 9), layers["q"].weight)  # there is no one weight
 
 
 def test_a_bank_comes_back_on_another_model_and_is_whole():
