@@ -125,10 +125,17 @@ def test_an_adapter_of_ours_gives_the_same_in_peft(options, tmp_path):
             close(B @ A, b @ a, 1e-6)
     assert not any(tensor.requires_grad for tensor in state.values())
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    save_file(state, tmp_path / "adapter_model.safetensors")  # refuses tensors that share memory
+    save_file(state, tmp_path / "adapter_model.safetensors")
     theirs = peft.PeftModel.from_pretrained(vit(), tmp_path).eval()
     close(theirs(PIXELS).logits, model(PIXELS).logits, 1e-5)  # float32, logits of order 1
     close(theirs.merge_and_unload()(PIXELS).logits, model(PIXELS).logits, 1e-5)
+
+
+def test_one_layer_of_two_names_becomes_two_tensors(tmp_path):
+    layer = hra.HRALinear(nn.Linear(3, 4), 2)
+    state = hra.to_peft({"a": layer, "b": layer})
+    save_file(state, tmp_path / "adapter_model.safetensors")  # it refuses shared memory
+    exactly(from_peft(state)["b"], layer.U.detach())
 
 
 def some_tasks(model):
@@ -194,8 +201,6 @@ def test_shapes_are_read_on_the_meta_device():
 
 KINDS = {"LoRA": (lora_pairs, lora), "HRA": (from_peft, mirrors)}
 both = pytest.mark.parametrize("read, adapter", KINDS.values(), ids=KINDS)
-
-
 HEADS = ["classifier.weight", "pre_classifier.bias", "score.weight", "classifier.dense.weight"]
 
 
@@ -205,21 +210,14 @@ def test_a_head_beside_an_adapter_is_left_alone(read, adapter, head):
     assert list(read(adapter() | {PREFIX + head: torch.ones(2)})) == ["q"]
 
 
-LOST = [
-    *("q.bias", "q.base_layer.bias", "q.dora_scale", "q.lora_magnitude_vector", "q.lora_B.bias"),
-    *("q.lora_diag.weight", "k.base_layer.bias", "norm.weight", "model.embed_tokens.weight", ""),
-    *(
-        "k.lokr_w1",
-        "k.to_k_lora.down.weight",
-        "k.lora.down.weight",
-        "k.hada_w1_a",
-        "k.oft_R.weight",
-    ),
-    *("k.ia3_l", "k.alpha", "k.lora_embedding_A", "k.hra_u.default", "h.0.mlp.fc.lokr_w1"),
-    *("classifier.road_theta", "fc.road_theta", "fc.oft_R.weight", "classifier.lokr_w1", ".hra_u"),
-    *("score.hra_u.default", "head.lora.down.weight", "head.to_k_lora.down.weight"),
-    *("layers.0.fc.weight", "layer.0.attention.head.weight"),
-]
+LOST = """
+q.bias q.base_layer.bias q.dora_scale q.lora_magnitude_vector q.lora_B.bias q.lora_diag.weight
+k.base_layer.bias norm.weight model.embed_tokens.weight layers.0.fc.weight
+layer.0.attention.head.weight k.alpha k.lokr_w1 k.to_k_lora.down.weight k.lora.down.weight
+k.hada_w1_a k.oft_R.weight k.ia3_l k.lora_embedding_A k.hra_u.default .hra_u h.0.mlp.fc.lokr_w1
+classifier.road_theta classifier.lokr_w1 fc.road_theta fc.oft_R.weight score.hra_u.default
+head.lora.down.weight head.to_k_lora.down.weight
+""".split()
 
 
 @both
@@ -242,14 +240,8 @@ MORE = [
     (peft.LoraConfig(**LORA, use_dora=True), "use_dora=True: DoRA also rescales"),
     (peft.LoraConfig(**LORA, bias="all"), "bias=all: a trained bias"),
     (peft.LoraConfig(**LORA, lora_bias=True), "lora_bias=True: a trained bias"),
-    (
-        peft.LoraConfig(**LORA, init_lora_weights="pissa"),
-        "init_lora_weights=pissa: it may take its",
-    ),
-    (
-        peft.LoraConfig(**LORA, init_lora_weights="olora"),
-        "init_lora_weights=olora: it may take its",
-    ),
+    (peft.LoraConfig(**LORA, init_lora_weights="pissa"), "init_lora_weights=pissa: it may take"),
+    (peft.LoraConfig(**LORA, init_lora_weights="olora"), "init_lora_weights=olora: it may take"),
     (peft.LoraConfig(**LORA, modules_to_save=NORM), "'.*layernorm.*' would be lost"),
     (peft.LoraConfig(**LORA, kasa_config=peft.KasaConfig()), "kasa_config.*KaSA has a diagonal"),
     (peft.LoraConfig(target_modules=["projection"], r=2), r"B: found .*\(16, 2, 1, 1\).* \(m, n\)"),
@@ -265,6 +257,8 @@ def test_an_adapter_of_pefts_that_is_more_is_refused_with_the_reason(config, wor
 
 
 ALPHA = {"q.alpha": torch.tensor(1.0)}
+CODES = {"q.lora_B.weight": B.to(torch.float8_e4m3fn)}
+TWO = {"q.lora_A.one.weight": A, "q.lora_B.two.weight": B}
 MANY = {f"{PREFIX}q{i}.lora_A.weight": A for i in range(99)}
 ADAPTERS = [
     (from_peft, (MANY,), r"\(99 in all\); want base_model.model.NAME.hra_u"),
@@ -274,26 +268,19 @@ ADAPTERS = [
     (from_peft, (mirrors() | lora("classifier"),), "an unknown key, 'classifier.lora_A.weight'"),
     (from_peft, (mirrors() | lora(),), "an unknown key, 'q.lora_A.weight'"),
     (from_peft, (mirrors() | {"k.hra_u": U},), "an unknown key, 'k.hra_u'"),  # without the prefix
+    (from_peft, (mirrors() | {PREFIX: U},), "an unknown key, ''"),
     (lora_pairs, (PAIR | {"k.hra_u": U},), "'k.hra_u' would be lost"),
-    (lora_pairs, (PAIR | ALPHA, lora_config()), "q: alpha is in the file and in the config; wa"),
+    (lora_pairs, (PAIR | ALPHA, lora_config()), "q: alpha is in the file and in the config"),
     (lora_pairs, ({},), "found ; want"),
     (lora_pairs, ({"q.weight": B},), "'q.weight' would be lost"),
     (lora_pairs, ({"q.lora_A.weight": A},), "found q; want lora_A.weight, lora_B.weight"),
     (lora_pairs, ({"classifier.weight": A},), "found classifier.weight; want lora_A.weight"),
     (lora_pairs, (PAIR | {"q.lora_A.b.weight": A},), "'q.lora_A.b.weight' is of a second adapter"),
-    (
-        lora_pairs,
-        ({"q.lora_A.one.weight": A, "q.lora_B.two.weight": B},),
-        "'q.lora_B.two.weight' is of a second adapter",
-    ),
+    (lora_pairs, (TWO,), "'q.lora_B.two.weight' is of a second adapter"),
     (lora_pairs, ({"q.lora_A": A, "q.lora_B": B},), r"'q.lora_A' lacks '.weight' \(loralib\?\)"),
     (lora_pairs, (PAIR | {"q.lora_B.weight": B[:, :2]},), r"'q': B \(2, 2\), A \(4, 3\); want"),
     (lora_pairs, (PAIR | {"q.lora_B.weight": B / 0},), "'q': B: found .* summing to inf"),
-    (
-        lora_pairs,
-        (PAIR | {"q.lora_B.weight": B.to(torch.float8_e4m3fn)},),
-        "'q': B: found torch.flo",
-    ),
+    (lora_pairs, (PAIR | CODES,), "'q': B: found torch.float8_e4m3fn .*want finite floats"),
     (lora_pairs, (PAIR, lora_config(peft_type="ADALORA")), "peft_type=ADALORA: no LoRA"),
     (lora_pairs, (PAIR, lora_config(use_qalora=True)), "use_qalora=True: QALoRA"),
     (lora_pairs, (PAIR, lora_config(trainable_token_indices=[1])), "trainable_token_indices"),
@@ -473,21 +460,14 @@ class Experts(nn.Module):
 
 
 FIRST = dict(r=2, target_modules=["0"])
+PLAIN, KASA = peft.LoraConfig(**FIRST), peft.LoraConfig(**FIRST, kasa_config=peft.KasaConfig())
 BARE = peft.LoraConfig(r=2, target_modules=[], target_parameters=["0.up"])
 ADALORA = peft.AdaLoraConfig(init_r=3, target_r=2, target_modules=["0"], total_step=10)
 VARIANTS = [
-    (
-        nn.Conv2d(3, 4, 3),
-        peft.LoraConfig(**FIRST),
-        "0: found a Conv2d that is no Linear; want plain",
-    ),
-    (nn.Embedding(5, 4), peft.LoraConfig(**FIRST), "0: found lora_embedding_A.default.*want plain"),
+    (nn.Conv2d(3, 4, 3), PLAIN, "0: found a Conv2d that is no Linear; want plain"),
+    (nn.Embedding(5, 4), PLAIN, "0: found lora_embedding_A.default.*want plain"),
     (nn.Linear(4, 3), peft.LoraConfig(**FIRST, use_dora=True), "0: found Dora.*want plain"),
-    (
-        nn.Linear(4, 3),
-        peft.LoraConfig(**FIRST, kasa_config=peft.KasaConfig()),
-        "0: found Kasa.*lora_.*want plain",
-    ),
+    (nn.Linear(4, 3), KASA, "0: found Kasa.*lora_.*want plain"),
     (Experts(), BARE, "found target_parameters up; want plain"),
     (nn.Linear(4, 3), ADALORA, "found no LoRALinear and no PEFT LoRA in PeftModel"),
 ]
