@@ -349,6 +349,7 @@ def test_components_need_no_float64_on_the_device():
         there[0].double()
     found = update(recycle([{"q": there}], pseudo=1), [{"q": there}], k=0.9)["q"]
     exactly(found.A.V, update(recycle([{"q": pair}]), [{"q": pair}], k=0.9)["q"].A.V)
+    assert choose_k(torch.ones(3).as_subclass(NoFloat64), 0.9, (3, 4)) == 3
 
 
 # ---------------------------------------------------------------------------- arguments, as tables
@@ -386,7 +387,7 @@ LORA = nn.Sequential(LoRALinear(nn.Linear(6, 5), 2))
 ONE = nn.ModuleDict({"a": nn.ModuleDict({"q": nn.Linear(6, 5)})})
 TWO = nn.ModuleDict({"a": ONE["a"], "b": nn.ModuleDict({"q": nn.Linear(6, 5)})})
 LAYER, TWO_TASKS = layer_of(eigenlorax), layer_of(eigenlorax, tasks=2)
-PAIR = pair()
+PAIR, SINGLE = pair(), layer_of(eigenlorax, dtype=F32)
 KNOWN = recycle(adapters(PAIR))
 CENTRED = principal_components(torch.eye(3) + 1)
 
@@ -487,6 +488,7 @@ EIGENLORAX_ERRORS = [
     (lambda: LAYER.set_task(0, *pair(d=7)), r"want \(5, r\) and \(r, 6\)"),
     (lambda: LAYER.set_task(0, *pair(r=3)), "the pair has rank 3; want at most .* 2"),
     (lambda: LAYER.set_task(0, *pair(value=math.nan)), "B: .* summing to nan; want"),
+    (lambda: SINGLE.set_task(0, 1e200 * PAIR[0].double(), PAIR[1]), "α_B: found .*want finite"),
     (lambda: set_task({"a.q": LAYER}, 0, {}), "the adapter has no pair; want"),
     (lambda: set_task({"a.q": LAYER}, 0, {"q": PAIR, "v": PAIR}), "'v' fits no layer; want"),
     (
@@ -634,7 +636,9 @@ def test_a_penalty_needs_a_forward_of_the_model_with_gradients():
     model(x)
     regularizer.penalty()
     refused(regularizer.penalty, words)
+    model(x)
     regularizer.remove()
+    refused(regularizer.penalty, words)
     model(x)
     refused(regularizer.penalty, words)
 
@@ -689,7 +693,7 @@ def test_a_penalty_on_meta_is_there_and_a_factor_left_there_is_named():
 
 # ------------------------------------------------------------------------------ EigenLoRAx alone
 
-NO_TASKS = [None, "1", "tasks", [None, 0], ["0"], -1, 2, [0, 2], 0.5, [0.5], True, [True, 2]]
+NO_TASKS = [None, "1", "tasks", [None, 0], ["0"], -1, 2, [0, 2], 0.5, [0.5], True, [True, 0]]
 NO_TASKS += [np.array([True, False]), torch.tensor([[0]]), torch.tensor(1j)]
 NO_TASKS += [torch.tensor([0, -1]), torch.tensor([True, True]), math.nan]
 

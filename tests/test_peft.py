@@ -411,6 +411,12 @@ def test_the_active_adapters_are_one_set_of_components_and_a_layer_without_one_i
     model.add_adapter("two", peft.LoraConfig(**config | dict(r=2)))
     model.add_adapter("last", peft.LoraConfig(**config | dict(target_modules=["4"])))
     base, inputs = model.base_model.model, watched(model)
+    model.set_adapter("last")
+    with ReSoRA(model) as regularizer:
+        model(torch.randn(50, 8))
+        only = {4: inputs[4]}  # the other layers have adapters, but none that is active
+        close(regularizer.penalty(), wanted(model, only, names=["last"]), 1000 * eps(F32))
+    model.set_adapter("one")
     with ReSoRA(model) as regularizer:
         for active in (["one"], ["two"], ["one", "two"]):
             model.base_model.set_adapter(active)
