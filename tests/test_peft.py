@@ -123,6 +123,7 @@ def test_an_adapter_of_ours_gives_the_same_in_peft(options, tmp_path):
         for name, (B, A) in lora_pairs(state, config).items():
             b, a = layers[name].pair(1)
             close(B @ A, b @ a, 1e-6)
+    assert config["modules_to_save"] == ["classifier"]
     assert not any(tensor.requires_grad for tensor in state.values())
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     save_file(state, tmp_path / "adapter_model.safetensors")
@@ -182,7 +183,7 @@ SCALES = [
     (lora("a.q"), lora_config(use_rslora=True), 4.0),
     (lora("a.q"), lora_config(r=99, lora_alpha=12), 3.0),  # r is the tensors'
     (lora("a.q"), lora_config(lora_alpha=1, alpha_pattern={"v": 4, "q": 8, "a.q": 20}), 2.0),
-    (lora("a.q"), lora_config(lora_alpha=1, alpha_pattern={"quer": 8}), 0.25),
+    (lora("a.q"), lora_config(lora_alpha=1, alpha_pattern={"quer": 8, ".q": 8}), 0.25),  # no part
     (lora("a.q"), lora_config(lora_alpha=4, base_model_name_or_path="x/base.lora_merged"), 1.0),
 ]
 
@@ -276,6 +277,7 @@ ADAPTERS = [
     (lora_pairs, ({"q.lora_A.weight": A},), "found q; want lora_A.weight, lora_B.weight"),
     (lora_pairs, ({"classifier.weight": A},), "found classifier.weight; want lora_A.weight"),
     (lora_pairs, (PAIR | {"q.lora_A.b.weight": A},), "'q.lora_A.b.weight' is of a second adapter"),
+    (lora_pairs, (PAIR | lora(),), f"'{PREFIX}q.lora_A.weight' is of a second adapter"),
     (lora_pairs, (TWO,), "'q.lora_B.two.weight' is of a second adapter"),
     (lora_pairs, ({"q.lora_A": A, "q.lora_B": B},), r"'q.lora_A' lacks '.weight' \(loralib\?\)"),
     (lora_pairs, (PAIR | {"q.lora_B.weight": B[:, :2]},), r"'q': B \(2, 2\), A \(4, 3\); want"),
@@ -476,6 +478,7 @@ VARIANTS = [
     (nn.Conv2d(3, 4, 3), PLAIN, "0: found a Conv2d that is no Linear; want plain"),
     (nn.Embedding(5, 4), PLAIN, "0: found lora_embedding_A.default.*want plain"),
     (nn.Linear(4, 3), peft.LoraConfig(**FIRST, use_dora=True), "0: found Dora.*want plain"),
+    (nn.MultiheadAttention(4, 2), PLAIN, "0: found an nn.MultiheadAttention; want plain"),
     (nn.Linear(4, 3), KASA, "0: found Kasa.*lora_.*want plain"),
     (Experts(), BARE, "found target_parameters up; want plain"),
     (nn.Linear(4, 3), ADALORA, "found no LoRALinear and no PEFT LoRA in PeftModel"),
