@@ -693,7 +693,7 @@ def test_a_penalty_on_meta_is_there_and_a_factor_left_there_is_named():
 
 # ------------------------------------------------------------------------------ EigenLoRAx alone
 
-NO_TASKS = [None, "1", "tasks", [None, 0], ["0"], -1, 2, [0, 2], 0.5, [0.5], True, [True, 0]]
+NO_TASKS = [None, "1", "tasks", [None, 0], ["0"], -1, 2, [0, 2], 0.5, [0.5], True, [0, True]]
 NO_TASKS += [np.array([True, False]), torch.tensor([[0]]), torch.tensor(1j)]
 NO_TASKS += [torch.tensor([0, -1]), torch.tensor([True, True]), math.nan]
 
