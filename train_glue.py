@@ -246,7 +246,7 @@ LEARNING_RATES = {  # rows that name no rate of their own have that of the row t
         "HRA r=8, λ=0": 1e-2,
         "HRA r=8, λ=∞": 1e-2,
     },
-    "few": {  # figures/glue_minilm_tune.json has what they were chosen from
+    "few": {  # first guesses: --tune chooses better ones
         "Full": 2e-4,
         "Base": 5e-2,
         "LoRA r=8": 2e-3,
@@ -779,8 +779,6 @@ def compare(config: Config) -> None:
     figure = "glue_hra" if config.table == "hra" else "glue_docs"
     if config.rows:
         figure = "plots"
-    elif config.table == "all" and preset(config) != "docs":
-        figure = "glue_minilm"
     name = "rows" if config.rows else config.table
     out = Path(config.out or results.folder / f"glue_{name}.json")
     runs = finish(specs, config, backbone, results)

@@ -19,7 +19,7 @@ import transformers
 import common
 import eigenlorax
 import train_glue
-from figures import glue_docs, glue_hra, glue_minilm, plots
+from figures import glue_docs, glue_hra, plots
 from tests.test_common import TINY, command
 
 ROOT = Path(__file__).parents[1]
@@ -66,8 +66,6 @@ def test_presets_are_the_papers_unless_the_user_says_otherwise():
     assert (quick.epochs, quick.batch_size, quick.length) == (3, few.batch_size, few.length)
     names = [r["row"] for r in train_glue.eigenlorax_rows(quick)]
     assert names == ["Full", "Base", "LoRA r=8", "EigenLoRAx", "Random subspace"]
-    every = {r["row"] for r in train_glue.all_rows(replace(quick, table="all"))}
-    assert every >= set(glue_minilm.PAPERS)  # which its figure compares
     assert config(quick=True, seeds=3).seeds == 3
     hra = config(backbone="x", data="y", table="hra")
     assert all(r["every"] for r in train_glue.hra_rows(hra))  # Linear layer, as in Table 2
@@ -695,27 +693,19 @@ def made_up(gains: dict[str, float]) -> dict:
 
 def test_verdicts_say_what_the_numbers_say(tmp_path):
     gains = {"EigenLoRAx": 0.1, "PiSSA r=32": 0.3, "BOFT": -0.05, "OFT": 0.05}
-    data = made_up({**gains, "HRA r=8, λ=1e-3": 0.02, "EigenLoRAx-AUG": 0.04})
-    said = {}
-    for line in glue_minilm.verdicts(data).splitlines()[2:]:
-        claim, difference, verdict = (cell.strip() for cell in line.split("|")[1:-1])
-        said[claim] = (difference, verdict)
-    starts = lambda text: next(v for c, v in said.items() if c.startswith(text))  # noqa: E731
-    within = starts("EigenLoRAx is within a point of LoRA r=32")
-    assert within == ("+10.0 [+10.0, +10.0] points", "supported here")
-    assert starts("EigenLoRAx converges faster than VeRA")[1] == "supported here"
-    assert starts("EigenLoRAx converges faster than PiSSA")[1] == "not supported here"
-    assert starts("EigenLoRAx-AUG is above Random")[0].startswith("+4.0 [")
-    hra = "HRA r=8, λ=0"
-    assert [v for c, (_, v) in said.items() if c.startswith(hra)] == [
-        *("undecided", "not supported here", "supported here")
-    ]
-    assert starts("a moderate λ helps: HRA r=8, λ=1e-3")[1] == "supported here"
-    table = glue_minilm.table(data).splitlines()
-    assert len(table) == 2 + len(data["rows"]) and "12K: 83.7" in table[8]
-    (tmp_path / "a.json").write_text(json.dumps(data))
-    assert glue_minilm.draw(tmp_path / "a.json").exists()
-    assert (tmp_path / "a.md").read_text().startswith(table[0])
+    data = made_up({**gains, "HRA r=8, λ=1e-3": 0.02})
+    for row, other, options, wanted in [
+        ("EigenLoRAx", "LoRA r=32", {"least": -1.0}, "+10.0 [+10.0, +10.0] points: supported here"),
+        ("HRA r=8, λ=0", "LoRA r=8", {}, "+0.0 [+0.0, +0.0] points: undecided"),
+        ("HRA r=8, λ=0", "OFT", {}, "-5.0 [-5.0, -5.0] points: not supported here"),
+        ("HRA r=8, λ=0", "BOFT", {}, "+5.0 [+5.0, +5.0] points: supported here"),
+        ("HRA r=8, λ=1e-3", "HRA r=8, λ=0", {}, "+2.0 [+2.0, +2.0] points: supported here"),
+    ]:
+        _, difference, verdict = plots.judge(data, "any", [row], [other], **options)
+        assert f"{difference}: {verdict}" == wanted, row
+    for other, wanted in (("VeRA", "supported here"), ("PiSSA r=32", "not supported here")):
+        found = plots.judge(data, "faster", ["EigenLoRAx"], [other], plots.log_loss)
+        assert found[2] == wanted, other
     setting = {"config": {"backbone": "a/b", "train": 9}}
     (tmp_path / "b.json").write_text(json.dumps({**data, **setting}))
     assert glue_docs.draw(tmp_path / "b.json").exists()
@@ -727,12 +717,11 @@ def test_verdicts_say_what_the_numbers_say(tmp_path):
     assert (tmp_path / "c.md").read_text() == plots.as_table(hra) + "\n"
 
 
-@pytest.mark.parametrize(("preset", "file"), [("docs", "glue_tune"), ("few", "glue_minilm_tune")])
-def test_the_committed_rates_are_those_that_validation_chose(preset, file):
-    tuned = json.loads((ROOT / "figures" / f"{file}.json").read_text())
-    rates = train_glue.LEARNING_RATES[preset]
+def test_the_committed_rates_are_those_that_validation_chose():
+    tuned = json.loads((ROOT / "figures" / "glue_tune.json").read_text())
+    rates = train_glue.LEARNING_RATES["docs"]
     for name, scores in tuned["validation"].items():
-        assert [float(lr) for lr in scores] == list(train_glue.GRID[preset]), name
+        assert [float(lr) for lr in scores] == list(train_glue.GRID["docs"]), name
         assert float(max(scores, key=scores.get)) == rates[name], name
     assert set(tuned["validation"]) == set(rates)
 
