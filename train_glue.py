@@ -31,6 +31,10 @@ belong together: mrpc-like asks for their order instead, and stsb-like grades ho
 left out rather than how far apart two modules are. RoBERTa's head reads the first token, so that
 token has to name one of the hidden words while the model is pretrained.
 
+A table says something only where training does better than the frozen model: --table gate asks,
+task by task, whether full training and LoRA are above the larger class, and above a linear model of
+the frozen embeddings (`floor`). The head of a task that is a score starts at its labels' mean.
+
 With --data, results are on GLUE's validation set, because the test labels are not public. What is
 chosen, such as learning rates by --tune, is chosen on a tenth of the training set. EigenLoRAx's
 authors monitor the reported set while they train; this script never does.
@@ -51,6 +55,7 @@ import itertools
 import os
 import random
 import re
+import statistics
 import sys
 import sysconfig
 import warnings
@@ -180,7 +185,13 @@ def all_rows(config) -> list[dict]:
     return list({r["row"]: r for r in rows + resora_rows(config)}.values())
 
 
+def gate_rows(config) -> list[dict]:
+    """What has to be above the floors (`floor`) before any table can say something."""
+    return [row("Full", "full"), lora(config)]
+
+
 TABLES = {
+    "gate": gate_rows,
     "eigenlorax": eigenlorax_rows,
     "noise": noise_rows,
     "hra": hra_rows,
@@ -195,7 +206,7 @@ TABLES = {
 class Config(common.Options):
     """What a user may set."""
 
-    table: Literal[tuple(TABLES)] = "eigenlorax"  # the rows to compare; all: without the sweeps
+    table: Literal[tuple(TABLES)] = "eigenlorax"  # the rows to compare; gate: before any other
     backbone: str = "docs"  # docs, a hub name, or a folder in the hub's layout
     data: str = "docs"  # docs, a hub name, or a folder in the hub's layout, FOLDER/TASK
     train: int | None = None  # training rows of a task, at most, drawn by the seed (not docs)
@@ -204,10 +215,10 @@ class Config(common.Options):
 
 
 LENGTH = 64  # tokens of a text of the docstrings, at most
-CHOSEN = dict(weight_decay=0.01, epochs=3)
+CHOSEN = dict(seeds=2, batch_size=16, weight_decay=0.01)
 PRESETS = {  # docs, and few (with --train): chosen here; paper: EigenLoRAx, Tables 10 and 11
-    "docs": dict(seeds=2, batch_size=16, components=16, rank=4, train=800, evaluate=400, **CHOSEN),
-    "few": dict(seeds=3, batch_size=4, components=32, rank=8, evaluate=0, **CHOSEN),
+    "docs": dict(epochs=3, components=16, rank=4, train=800, evaluate=400, **CHOSEN),
+    "few": dict(epochs=5, components=32, rank=8, evaluate=0, **CHOSEN),
     "paper": dict(seeds=5, batch_size=64, components=32, rank=8, train=0, evaluate=0),
 }
 PRESETS["docs"]["length"] = PRESETS["few"]["length"] = LENGTH
@@ -247,7 +258,7 @@ LEARNING_RATES = {  # rows that name no rate of their own have that of the row t
         "HRA r=8, λ=∞": 1e-2,
     },
     "few": {  # first guesses: --tune chooses better ones
-        "Full": 2e-4,
+        "Full": 1e-4,
         "Base": 5e-2,
         "LoRA r=8": 2e-3,
         "VeRA": 5e-2,
@@ -267,7 +278,7 @@ LEARNING_RATES = {  # rows that name no rate of their own have that of the row t
 }
 GRID = {  # learning rates that --tune tries
     "docs": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
-    "few": (2e-4, 2e-3, 1e-2, 5e-2),
+    "few": (1e-4, 5e-4, 2e-3, 1e-2, 5e-2),
     "paper": (1e-5, 1e-4, 1e-3, 1e-2),
 }
 TUNED_ON = {"few": ["sst2", "stsb"]}  # short texts: minutes instead of hours on two cores
@@ -646,8 +657,8 @@ def shuffled(count: int, seed: int) -> torch.Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
-def load(config: Config, backbone: str, task: str, seed: int, tokenizer, length: int) -> dict:
-    """A task's splits as `common.TextTask`: the seed draws the training rows, and nothing else.
+def load(config: Config, backbone: str, task: str, seed: int) -> dict[str, tuple]:
+    """{split: (columns of texts, labels)}: the seed draws the training rows, and nothing else.
 
     validation is the docs' own, or a tenth of the training set; test is the docs' own, or the
     set called validation. Raises ValueError for data that is not as TASKS says.
@@ -666,11 +677,8 @@ def load(config: Config, backbone: str, task: str, seed: int, tokenizer, length:
     drawn = rest[shuffled(len(rest), seed)]
     rows["train"] = data["train"].select(drawn[: config.train or None])
     rows["test"] = rows["test"].select(shuffled(len(rows["test"]), seed=0)[some])
-    splits = {}
-    for split in ("train", "validation", "test"):
-        columns, labels = checked(rows[split], f"{task}, {where[split]}", shape_of(task))
-        splits[split] = common.TextTask(columns, labels, tokenizer, length)
-    return splits
+    splits = ("train", "validation", "test")
+    return {s: checked(rows[s], f"{task}, {where[s]}", shape_of(task)) for s in splits}
 
 
 def checked(rows, where: str, shape: Shape) -> tuple[list[list[str]], list]:
@@ -698,6 +706,76 @@ def checked(rows, where: str, shape: Shape) -> tuple[list[list[str]], list]:
     return columns, [int(y) if classes else float(y) for y in labels]
 
 
+# ---------------------------------------------------------------- floors
+#
+# What is reached without training the backbone. A row of a table that is not above both floors has
+# learned nothing that the frozen model did not know.
+
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # C of the linear floor; 1/C of its ridge
+
+
+@torch.no_grad()
+def embed(texts: list[str], trunk: nn.Module, tokenizer, length: int) -> torch.Tensor:
+    """Mean over tokens of a frozen model's outputs (n, d), a row for each text."""
+    trunk.eval()
+    pooled = []
+    for start in range(0, len(texts), 64):
+        some = texts[start : start + 64]
+        cut = {"truncation": True, "max_length": length, "padding": True}
+        batch = tokenizer(some, return_tensors="pt", **cut)
+        hidden = trunk(**batch).last_hidden_state  # (batch, tokens, d)
+        kept = batch["attention_mask"][..., None]
+        pooled.append((hidden * kept).sum(1) / kept.sum(1))
+    return torch.cat(pooled)
+
+
+def features(columns: list[torch.Tensor]) -> torch.Tensor:
+    """u of one text's embedding; |u − v| beside u·v, entry by entry, of two."""
+    if len(columns) == 1:
+        return columns[0]
+    u, v = columns
+    return torch.cat([(u - v).abs(), u * v], 1)
+
+
+def floor(name: str, trunk: nn.Module, tokenizer, length: int, rows: dict, metric: str) -> dict:
+    """The scores of the floor called Majority or Linear, on validation and test.
+
+    Linear has converged, on standardised features, and has the strength best on validation.
+    """
+    from sklearn.dummy import DummyClassifier, DummyRegressor
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression, Ridge
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    scalar = metric == "pearson"
+    if name == "Majority":
+        candidates = [DummyRegressor() if scalar else DummyClassifier()]
+        x = {split: torch.zeros(len(labels), 1) for split, (_, labels) in rows.items()}
+    else:
+        linear = [
+            Ridge(alpha=1 / C) if scalar else LogisticRegression(C=C, max_iter=10_000)
+            for C in STRENGTHS
+        ]
+        candidates = [make_pipeline(StandardScaler(), model) for model in linear]
+        x = {
+            split: features([embed(texts, trunk, tokenizer, length) for texts in columns])
+            for split, (columns, _) in rows.items()
+        }
+    found = []
+    for model in candidates:
+        with warnings.catch_warnings(action="error", category=ConvergenceWarning):
+            model.fit(x["train"].double().numpy(), rows["train"][1])
+        scores = {}
+        for split in ("validation", "test"):
+            given = x[split].double().numpy()
+            outputs = model.predict(given)[:, None] if scalar else model.predict_proba(given)
+            labels = torch.tensor(rows[split][1])
+            scores[split] = common.score(torch.from_numpy(outputs), labels, metric)
+        found.append(scores)
+    return max(found, key=lambda scores: scores["validation"])
+
+
 # ---------------------------------------------------------------- runs
 
 
@@ -706,27 +784,41 @@ def of_task(value, task: str):
     return value[task] if isinstance(value, Mapping) else value
 
 
+def start_at_mean(model: nn.Module, labels: list[float]) -> None:
+    """Let a head with one output begin at the mean of the labels, not at 0."""
+    for _, p in common.head_of(model):
+        if p.shape == (1,):
+            nn.init.constant_(p, statistics.fmean(labels))
+
+
 def run(spec: dict, config: Config, backbone: str, folder: Path) -> dict:
     """Train and score one row on one task with one seed: scores and sizes, JSON-like."""
     names, task = task_names(config), spec["task"]
     seed = 1000 * spec["seed"] + names.index(task)
     transformers.set_seed(seed)  # of the head
     pretrained = f"{backbone}/{spec['seed']}" if config.data == "docs" else backbone
-    model = common.load_backbone(pretrained, shape_of(task).classes)
+    shape = shape_of(task)
+    model = common.load_backbone(pretrained, shape.classes)
     tokenizer = common.load_tokenizer(pretrained)
     length = min(config.length, common.positions_of(model))
-    data = load(config, backbone, task, spec["seed"], tokenizer, length)
+    rows = load(config, backbone, task, spec["seed"])
+    sizes = {split: len(labels) for split, (_, labels) in rows.items()}
+    if spec["method"] == "floor":
+        found = floor(spec["row"], model.base_model, tokenizer, length, rows, shape.metric)
+        return {"trainable": 0, **found, "length": length, "rows": sizes}
+    if shape.classes == 1:
+        start_at_mean(model, rows["train"][1])
+    data = {split: common.TextTask(*found, tokenizer, length) for split, found in rows.items()}
     training = {
         "epochs": of_task(spec.get("epochs", config.epochs or EPOCHS), task),
         "batch_size": config.batch_size,
         "lr": of_task(spec["lr"], task),
         "weight_decay": config.weight_decay,
         "mixed_precision": config.mixed_precision,
-        "metric": shape_of(task).metric,
+        "metric": shape.metric,
     }
     _, result = common.fit(spec, model, data, names, folder, seed, **training)
     truncated = {split: part.truncated for split, part in data.items()}
-    sizes = {split: len(part) for split, part in data.items()}
     return {**result, "length": length, "rows": sizes, "truncated": truncated}
 
 
@@ -776,13 +868,17 @@ def compare(config: Config) -> None:
     rows, rates = rows_and_rates(config)
     specs = common.specify(rows, rates, task_names(config), range(config.seeds))
     backbone, results, about = prepare(config)
-    figure = "glue_hra" if config.table == "hra" else "glue_docs"
+    figure = {"hra": "glue_hra", "gate": "glue_gate"}.get(config.table, "glue_docs")
     if config.rows:
         figure = "plots"
+    elif config.table == "gate":
+        places = [{key: spec[key] for key in ("task", "seed")} for spec in specs[:: len(rows)]]
+        floors = [row(name, "floor") for name in ("Majority", "Linear")]
+        specs = [{**r, **place} for place in places for r in floors] + specs
     name = "rows" if config.rows else config.table
     out = Path(config.out or results.folder / f"glue_{name}.json")
     runs = finish(specs, config, backbone, results)
-    texts = [r for r in runs if r["row"] == runs[0]["row"]]  # those of every row
+    texts = [r for r in runs if r["row"] == runs[-1]["row"]]  # those of every row
     cut = sum(sum(r["truncated"].values()) for r in texts)
     note = f"Matthews, Pearson or accuracy × 100, mean over {config.seeds} seed(s)."
     note += f" Texts cut to {runs[0]['length']} tokens: {cut} of all tasks and seeds."

@@ -19,7 +19,7 @@ import transformers
 import common
 import eigenlorax
 import train_glue
-from figures import glue_docs, glue_hra, plots
+from figures import glue_docs, glue_gate, glue_hra, plots
 from tests.test_common import TINY, command
 
 ROOT = Path(__file__).parents[1]
@@ -60,10 +60,10 @@ def test_presets_are_the_papers_unless_the_user_says_otherwise():
     assert config(backbone="x", data="y", table="hra").batch_size == 32
     assert config(backbone="x", data="y", table="hra", batch_size=8).batch_size == 8
     few = config(backbone="x", data="y", train=400)
-    assert (few.epochs, few.batch_size, few.weight_decay) == (3, 4, 0.01)
+    assert (few.epochs, few.batch_size, few.weight_decay) == (5, 16, 0.01)
     quick = config(backbone="x", data="y", quick=True)
     assert train_glue.preset(quick) == "few" and (quick.train, quick.seeds) == (400, 1)
-    assert (quick.epochs, quick.batch_size, quick.length) == (3, few.batch_size, few.length)
+    assert (quick.epochs, quick.batch_size, quick.length) == (5, few.batch_size, few.length)
     names = [r["row"] for r in train_glue.eigenlorax_rows(quick)]
     assert names == ["Full", "Base", "LoRA r=8", "EigenLoRAx", "Random subspace"]
     assert config(quick=True, seeds=3).seeds == 3
@@ -333,18 +333,12 @@ def options(glue: Path, tiny: Path, tmp_path: Path, **more) -> train_glue.Config
     return config(**{**asked, "batch_size": 8, "length": 16, **more})
 
 
-def texts_in(part: common.TextTask) -> list[str]:
-    texts = part.collate.tokenizer.batch_decode(part.rows["input_ids"], skip_special_tokens=True)
-    return [text.strip() for text in texts]
-
-
 def test_the_reported_set_is_never_used_for_anything_else(glue, tiny, tmp_path):
     base = options(glue, tiny, tmp_path, length=24)
-    tokenizer = common.load_tokenizer(str(tiny))
 
     def load(seed: int, **new) -> dict[str, list[str]]:
-        parts = train_glue.load(replace(base, **new), str(tiny), "sst2", seed, tokenizer, 24)
-        return {split: texts_in(part) for split, part in parts.items()}
+        parts = train_glue.load(replace(base, **new), str(tiny), "sst2", seed)
+        return {split: columns[0] for split, (columns, _) in parts.items()}
 
     one, again, other, whole = load(0), load(0), load(1), load(0, train=0)
     assert one == again and one["train"] != other["train"]
@@ -401,21 +395,19 @@ def test_data_that_is_not_as_it_should_be_is_named(
                 columns[column][3] = None if values == "none" else values
         write(tmp_path / "data", task, split, columns)
     base = options(tmp_path / "data", tiny, tmp_path, train=0)
-    tokenizer = common.load_tokenizer(str(tiny))
     with pytest.raises(ValueError, match=message):
         for seed in range(3):  # a tenth is the validation split
-            train_glue.load(base, str(tiny), task, seed, tokenizer, 16)
+            train_glue.load(base, str(tiny), task, seed)
 
 
 def test_hidden_test_labels_are_never_scored_and_a_missing_split_is_named(glue, tiny, tmp_path):
     base = options(glue, tiny, tmp_path)
-    tokenizer = common.load_tokenizer(str(tiny))
     assert set(train_glue.source(str(glue), str(tiny), "rte")["test"]["label"]) == {-1}
-    assert len(train_glue.load(base, str(tiny), "rte", 0, tokenizer, 16)["test"]) == 30
+    assert len(train_glue.load(base, str(tiny), "rte", 0)["test"][1]) == 30
     write(tmp_path / "data", "stsb", "train", fake("stsb", 30, "train", random.Random(0)))
     base = options(tmp_path / "data", tiny, tmp_path)
     with pytest.raises(ValueError, match=r"stsb has the splits \['train'\]; wanted validation"):
-        train_glue.load(base, str(tiny), "stsb", 0, tokenizer, 16)
+        train_glue.load(base, str(tiny), "stsb", 0)
 
 
 def test_what_is_wrong_with_any_task_is_said_before_a_run(glue, tiny, tmp_path):
@@ -670,6 +662,69 @@ def test_a_second_stage_without_its_first_says_what_to_do(shared):
         damage()
         with pytest.raises(ValueError, match=rf"{file.name} is missing or damaged .*; delete"):
             train_glue.finish([second], base, backbone, results)
+
+
+# ---------------------------------------------------------------- the gate
+
+
+def test_the_gate_holds_training_against_what_the_frozen_model_knows(
+    glue, tiny, tmp_path, monkeypatch, capsys
+):
+    line = ["train_glue.py", "--backbone", str(tiny), "--data", str(glue), "--table", "gate"]
+    line += ["--train", "24", "--epochs", "1", "--seeds", "1", "--runs", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", line)
+    train_glue.main()
+    (out,) = tmp_path.rglob("glue_gate.json")
+    data = json.loads(out.read_text())
+    assert [r["row"] for r in data["rows"]] == ["Majority", "Linear", "Full", "LoRA r=8"]
+    majority, linear = (r["tasks"] for r in data["rows"][:2])
+    assert majority["mrpc"] == 0.5 and majority["cola"] == 0 and abs(majority["stsb"]) < 1e-12
+    assert linear["stsb"] > 0.4  # a text that ends in more of one word has a higher score
+    assert out.with_suffix(".md").read_text() == glue_gate.verdicts(data) + "\n"
+    assert glue_gate.verdicts(data) in capsys.readouterr().out
+
+
+def test_a_task_passes_only_if_every_trained_row_is_above_both_floors():
+    scores = {  # Majority, Linear, Full, LoRA
+        "pass": (0.5, 0.6, 0.7, 0.61),
+        "below linear": (0.5, 0.6, 0.7, 0.55),
+        "below majority": (0.7, 0.6, 0.65, 0.8),
+        "as good": (0.5, 0.6, 0.6, 0.7),
+    }
+    rows = ("Majority", "Linear", "Full", "LoRA r=8")
+    runs = [
+        {"row": name, "method": "floor" if i < 2 else "any", "trainable": 0, "seed": 0}
+        | {"task": task, "test": found[i]}
+        for i, name in enumerate(rows)
+        for task, found in scores.items()
+    ]
+    data = {"rows": plots.summary(runs), "runs": runs}
+    assert glue_gate.passed(data) == ["pass"]
+    assert glue_gate.verdicts(data).endswith("1 tasks pass; wanted 5: the gate is shut.")
+
+
+def test_the_linear_floor_sees_two_texts_apart_and_has_converged(tiny):
+    """A score that is a linear function of |u − v| and u·v is predicted but for the ridge."""
+    trunk = common.load_backbone(str(tiny), 1).base_model
+    tokenizer = common.load_tokenizer(str(tiny))
+    one, two = ([" ".join(random.Random(i + s).choices(WORDS, k=6)) for i in range(200)]
+                for s in (0, 1000))  # fmt: skip
+    u, v = (train_glue.embed(texts, trunk, tokenizer, 24) for texts in (one, two))
+    alone = [train_glue.embed([text], trunk, tokenizer, 24) for text in one[:3]]
+    assert (torch.cat(alone) - u[:3]).abs().max() < 1e-6  # padding is no token
+    scores = (train_glue.features([u, v]) @ torch.linspace(-1, 1, 32)).tolist()
+    rows = {"train": slice(0, 100), "validation": slice(100, 150), "test": slice(150, 200)}
+    rows = {split: ([one[i], two[i]], scores[i]) for split, i in rows.items()}
+    found = train_glue.floor("Linear", trunk, tokenizer, 24, rows, "pearson")
+    assert found["test"] > 0.98 and found["validation"] > 0.98
+
+
+def test_the_head_of_a_score_starts_at_the_mean_of_its_labels(tiny):
+    model = common.load_backbone(str(tiny), 1)
+    train_glue.start_at_mean(model, [1.0, 2.0, 4.5])
+    assert model.classifier.out_proj.bias.tolist() == [2.5]
+    with torch.no_grad():
+        assert abs(model(torch.tensor([[0, 9, 2]])).logits.item() - 2.5) < 0.5
 
 
 # ---------------------------------------------------------------- figures
