@@ -212,6 +212,7 @@ class Config(common.Options):
     train: int | None = None  # training rows of a task, at most, drawn by the seed (not docs)
     evaluate: int | None = None  # rows to score on, at most, the same for every seed (not docs)
     length: int | None = None  # tokens of a text, at most
+    apart: bool = False  # encode the two texts of a pair apart, as a sentence encoder was made to
 
 
 LENGTH = 64  # tokens of a text of the docstrings, at most
@@ -714,19 +715,20 @@ def checked(rows, where: str, shape: Shape) -> tuple[list[list[str]], list]:
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # C of the linear floor; 1/C of its ridge
 
 
+def mean_pooled(trunk: nn.Module, batch: Mapping) -> torch.Tensor:
+    """Mean over tokens of a model's outputs: (n, d) of input_ids (n, tokens)."""
+    hidden = trunk(**batch).last_hidden_state  # (n, tokens, d)
+    kept = batch["attention_mask"][..., None]
+    return (hidden * kept).sum(1) / kept.sum(1)
+
+
 @torch.no_grad()
 def embed(texts: list[str], trunk: nn.Module, tokenizer, length: int) -> torch.Tensor:
-    """Mean over tokens of a frozen model's outputs (n, d), a row for each text."""
+    """A frozen model's mean-pooled outputs (n, d), a row for each text."""
     trunk.eval()
-    pooled = []
-    for start in range(0, len(texts), 64):
-        some = texts[start : start + 64]
-        cut = {"truncation": True, "max_length": length, "padding": True}
-        batch = tokenizer(some, return_tensors="pt", **cut)
-        hidden = trunk(**batch).last_hidden_state  # (batch, tokens, d)
-        kept = batch["attention_mask"][..., None]
-        pooled.append((hidden * kept).sum(1) / kept.sum(1))
-    return torch.cat(pooled)
+    cut = {"truncation": True, "max_length": length, "padding": True, "return_tensors": "pt"}
+    starts = range(0, len(texts), 64)
+    return torch.cat([mean_pooled(trunk, tokenizer(texts[i : i + 64], **cut)) for i in starts])
 
 
 def features(columns: list[torch.Tensor]) -> torch.Tensor:
@@ -737,8 +739,8 @@ def features(columns: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat([(u - v).abs(), u * v], 1)
 
 
-def floor(name: str, trunk: nn.Module, tokenizer, length: int, rows: dict, metric: str) -> dict:
-    """The scores of the floor called Majority or Linear, on validation and test.
+def floor(name: str, trunk: nn.Module, tokenizer, length: int, rows: dict, metric: str) -> tuple:
+    """(scores on validation and test, the fitted model) of the floor called Majority or Linear.
 
     Linear has converged, on standardised features, and has the strength best on validation.
     """
@@ -750,20 +752,20 @@ def floor(name: str, trunk: nn.Module, tokenizer, length: int, rows: dict, metri
 
     scalar = metric == "pearson"
     if name == "Majority":
-        candidates = [DummyRegressor() if scalar else DummyClassifier()]
+        models = [DummyRegressor() if scalar else DummyClassifier()]
         x = {split: torch.zeros(len(labels), 1) for split, (_, labels) in rows.items()}
     else:
-        linear = [
+        models = [
             Ridge(alpha=1 / C) if scalar else LogisticRegression(C=C, max_iter=10_000)
             for C in STRENGTHS
         ]
-        candidates = [make_pipeline(StandardScaler(), model) for model in linear]
+        models = [make_pipeline(StandardScaler(), model) for model in models]
         x = {
             split: features([embed(texts, trunk, tokenizer, length) for texts in columns])
             for split, (columns, _) in rows.items()
         }
     found = []
-    for model in candidates:
+    for model in models:
         with warnings.catch_warnings(action="error", category=ConvergenceWarning):
             model.fit(x["train"].double().numpy(), rows["train"][1])
         scores = {}
@@ -772,8 +774,68 @@ def floor(name: str, trunk: nn.Module, tokenizer, length: int, rows: dict, metri
             outputs = model.predict(given)[:, None] if scalar else model.predict_proba(given)
             labels = torch.tensor(rows[split][1])
             scores[split] = common.score(torch.from_numpy(outputs), labels, metric)
-        found.append(scores)
-    return max(found, key=lambda scores: scores["validation"])
+        found.append((scores, model))
+    return max(found, key=lambda pair: pair[0]["validation"])
+
+
+# ---------------------------------------------------------------- texts apart
+
+
+class Apart(nn.Module):
+    """An encoder of each text, mean-pooled, and a linear head on u, or on (u, v, |u − v|, u·v)."""
+
+    base_model_prefix = "encoder"
+
+    def __init__(self, encoder: nn.Module, texts: int, classes: int):
+        super().__init__()
+        self.encoder, self.config = encoder, encoder.config
+        self.head = nn.Linear(encoder.config.hidden_size * (4 if texts == 2 else 1), classes)
+
+    def start_at(self, floor) -> None:
+        """Let the head begin as the linear floor: z = w·(x − mean)/scale + b."""
+        scaler, linear = floor[0], floor[1]
+        w = torch.from_numpy(linear.coef_).view(1, -1) / torch.from_numpy(scaler.scale_)
+        b = torch.as_tensor(linear.intercept_).view(1) - w @ torch.from_numpy(scaler.mean_)
+        with torch.no_grad():
+            for p in self.head.parameters():
+                p.zero_()
+            self.head.weight[-1:, -w.shape[1] :] = w  # of two classes, the first has logit 0
+            self.head.bias[-1:] = b
+
+    def forward(self, labels, **batch):
+        """batch: input_ids and the like (n, texts, tokens)."""
+        texts = batch["input_ids"].shape[1]
+        pooled = mean_pooled(self.encoder, {key: x.flatten(0, 1) for key, x in batch.items()})
+        columns = pooled.unflatten(0, (-1, texts)).unbind(1)
+        x = features(columns)
+        if texts == 2:
+            x = torch.cat([*columns, x], 1)
+        logits = self.head(x)
+        if logits.shape[1] == 1:
+            loss = nn.functional.mse_loss(logits[:, 0], labels)
+        else:
+            loss = nn.functional.cross_entropy(logits, labels)
+        return transformers.modeling_outputs.SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+class ApartTask(Dataset):
+    """As `common.TextTask`, for `Apart`: each text of a pair on its own."""
+
+    def __init__(self, columns: list[list[str]], labels: list, tokenizer, length: int):
+        self.parts = [common.TextTask([texts], labels, tokenizer, length) for texts in columns]
+        self.truncated = sum(part.truncated for part in self.parts)
+
+    def __len__(self) -> int:
+        return len(self.parts[0])
+
+    def __getitem__(self, i: int) -> list[dict]:
+        return [part[i] for part in self.parts]
+
+    def collate(self, rows: list[list[dict]]) -> dict[str, torch.Tensor]:
+        """A batch (n, texts, tokens)."""
+        batch = self.parts[0].collate([text for row in rows for text in row])
+        batch = {key: x.unflatten(0, (len(rows), -1)) for key, x in batch.items()}
+        return {**batch, "labels": batch["labels"][:, 0]}
 
 
 # ---------------------------------------------------------------- runs
@@ -804,11 +866,17 @@ def run(spec: dict, config: Config, backbone: str, folder: Path) -> dict:
     rows = load(config, backbone, task, spec["seed"])
     sizes = {split: len(labels) for split, (_, labels) in rows.items()}
     if spec["method"] == "floor":
-        found = floor(spec["row"], model.base_model, tokenizer, length, rows, shape.metric)
+        found, _ = floor(spec["row"], model.base_model, tokenizer, length, rows, shape.metric)
         return {"trainable": 0, **found, "length": length, "rows": sizes}
-    if shape.classes == 1:
+    kind = common.TextTask
+    if config.apart:
+        kind, trunk = ApartTask, model.base_model
+        _, linear = floor("Linear", trunk, tokenizer, length, rows, shape.metric)
+        model = Apart(trunk, len(shape.columns), shape.classes)
+        model.start_at(linear)
+    elif shape.classes == 1:
         start_at_mean(model, rows["train"][1])
-    data = {split: common.TextTask(*found, tokenizer, length) for split, found in rows.items()}
+    data = {split: kind(*found, tokenizer, length) for split, found in rows.items()}
     training = {
         "epochs": of_task(spec.get("epochs", config.epochs or EPOCHS), task),
         "batch_size": config.batch_size,

@@ -715,8 +715,25 @@ def test_the_linear_floor_sees_two_texts_apart_and_has_converged(tiny):
     scores = (train_glue.features([u, v]) @ torch.linspace(-1, 1, 32)).tolist()
     rows = {"train": slice(0, 100), "validation": slice(100, 150), "test": slice(150, 200)}
     rows = {split: ([one[i], two[i]], scores[i]) for split, i in rows.items()}
-    found = train_glue.floor("Linear", trunk, tokenizer, 24, rows, "pearson")
+    found, _ = train_glue.floor("Linear", trunk, tokenizer, 24, rows, "pearson")
     assert found["test"] > 0.98 and found["validation"] > 0.98
+
+
+@pytest.mark.parametrize("task", ["stsb", "mrpc", "cola"])
+def test_texts_apart_start_at_the_linear_floor(glue, tiny, tmp_path, task):
+    base = options(glue, tiny, tmp_path, train=0, apart=True, table="gate")
+    shape, rows = train_glue.TASKS[task], train_glue.load(base, str(tiny), task, 0)
+    tokenizer = common.load_tokenizer(str(tiny))
+    trunk = common.load_backbone(str(tiny), 1).base_model
+    scores, linear = train_glue.floor("Linear", trunk, tokenizer, 16, rows, shape.metric)
+    model = train_glue.Apart(trunk, len(shape.columns), shape.classes)
+    model.start_at(linear)
+    data = train_glue.ApartTask(*rows["test"], tokenizer, 16)
+    found = common.evaluate(model, data, common.accelerator(), shape.metric, batch_size=7)
+    assert abs(found - scores["test"]) < 1e-4
+    (spec,) = specs_of(base, train_glue.lora(base), task=task)
+    result = train_glue.run(spec, config=base, backbone=str(tiny), folder=tmp_path)
+    assert result["trainable"] == 4 * 8 * 2 * 16
 
 
 def test_the_head_of_a_score_starts_at_the_mean_of_its_labels(tiny):
