@@ -8,7 +8,7 @@
     python train_glue.py --rows lora hra        one row for each of some methods
     python train_glue.py --backbone roberta-base --data nyu-mll/glue
                                                 the setting of EigenLoRAx, Table 2
-    python train_glue.py --backbone FOLDER --data FOLDER --train 400 --evaluate 500
+    python train_glue.py --backbone FOLDER --data FOLDER --train 2500 --table gate
                                                 few rows of GLUE, read from FOLDER/TASK
 
 The embedded default needs no download. Its text is the docstrings of the Python that runs, parsed
@@ -24,12 +24,10 @@ the tasks have the inputs and metrics of GLUE's, 0 and 1 as there:
     rte-like    does the second sentence follow (0), or is a "not" in or out?      accuracy
     stsb-like   how much of the first sentence is left in the second, 0 to 5?      Pearson
 
-Two shapes are not what their models test, and four need less than they say: the words of one text
-tell as much as full training learns, or more, in mrpc-, sst2- and qnli-like, and so do those of the
-second text in rte-like. From a thousand rows, a model of this size does not learn whether two texts
-belong together: mrpc-like asks for their order instead, and stsb-like grades how many words were
-left out rather than how far apart two modules are. RoBERTa's head reads the first token, so that
-token has to name one of the hidden words while the model is pretrained.
+Two of them ask for less than their models do, because a model of this size does not learn from a
+thousand rows whether two texts belong together: mrpc-like asks for their order, and stsb-like for
+the share of words left. Four can be answered by the words of one text alone, as well as full
+training answers them or better: mrpc-, sst2-, qnli-like, and rte-like by its second text.
 
 A table says something only where training does better than the frozen model: --table gate asks,
 task by task, whether full training and LoRA are above the larger class, and above a linear model of
@@ -37,10 +35,9 @@ the frozen embeddings (`floor`). The head of a task that is a score starts at it
 
 With --data, results are on GLUE's validation set, because the test labels are not public. What is
 chosen, such as learning rates by --tune, is chosen on a tenth of the training set. EigenLoRAx's
-authors monitor the reported set while they train; this script never does.
-
-A data set of your own is FOLDER/TASK/SPLIT.parquet (or .csv, .json) for each of the six tasks, with
-the splits train and validation, GLUE's columns of texts, and a column label.
+authors monitor the reported set while they train; this script never does. A data set of your own is
+FOLDER/TASK/SPLIT.parquet (or .csv, .json) for each of the six tasks, with the splits train and
+validation, GLUE's columns of texts, and a column label.
 
 EigenLoRAx is leave-one-out: the principal components of a task come from LoRA adapters of the
 other tasks, written by PEFT to disk and read from there. Finished runs are kept in runs/ under a
@@ -190,13 +187,13 @@ def gate_rows(config) -> list[dict]:
     return [row("Full", "full"), lora(config)]
 
 
-TABLES = {
-    "gate": gate_rows,
-    "eigenlorax": eigenlorax_rows,
-    "noise": noise_rows,
-    "hra": hra_rows,
-    "resora": resora_rows,
-    "all": all_rows,
+TABLES = {  # name: (its rows, its figure)
+    "gate": (gate_rows, "glue_gate"),
+    "eigenlorax": (eigenlorax_rows, "glue_docs"),
+    "noise": (noise_rows, "glue_docs"),
+    "hra": (hra_rows, "glue_hra"),
+    "resora": (resora_rows, "glue_docs"),
+    "all": (all_rows, "glue_docs"),
 }
 
 # ---------------------------------------------------------------- the command line
@@ -319,7 +316,7 @@ def complete(config: Config) -> Config:
 
 def rows_and_rates(config: Config) -> tuple[list[dict], dict]:
     """The rows to compare, and every row's learning rate. Raises ValueError for unknown rows."""
-    rows = TABLES[config.table](config)
+    rows = TABLES[config.table][0](config)
     return common.rows_and_rates(config, rows, lora(config), LEARNING_RATES[preset(config)])
 
 
@@ -444,21 +441,16 @@ def suite(docs: list[Doc]) -> dict[str, dict[str, dict[str, list]]]:
     A sentence that an earlier split has, letter for letter, is left out. Raises ValueError if
     there are too few docstrings for a task.
     """
-    seen, parts = set(), {}
-    for split in ROWS:
-        parts[split] = []
+    seen, made = set(), {task: {} for task in TASKS}
+    for split, rows in ROWS.items():
+        part = []
         for doc in docs:
-            if split_of(doc.module) == split:
-                new = [s for s in doc.sentences if s not in seen and len(s.split()) <= 20]
-                if new:
-                    parts[split].append(doc._replace(sentences=new))
-        for doc in parts[split]:
-            seen.update(doc.sentences)
-    made = {}
-    for task, shape in TASKS.items():
-        made[task] = {}
-        for split, rows in ROWS.items():
-            found = examples(task, parts[split], random.Random(f"{task} {split}"))
+            new = [s for s in doc.sentences if s not in seen and len(s.split()) <= 20]
+            if new and split_of(doc.module) == split:
+                part.append(doc._replace(sentences=new))
+        seen.update(s for doc in part for s in doc.sentences)
+        for task, shape in TASKS.items():
+            found = examples(task, part, random.Random(f"{task} {split}"))
             kept = list(itertools.islice(found, rows))
             if not kept:
                 raise ValueError(
@@ -634,77 +626,83 @@ def docs_backbones(config: Config) -> Path:
 
 # ---------------------------------------------------------------- data
 
+Rows = tuple[list[list[str]], list]  # columns of texts, and labels
+
 
 @functools.cache
-def source(name: str, backbone: str, task: str):
-    """{split: rows} of a task: of the hub or a folder, or of the suite beside the backbone.
+def source(name: str, backbone: str, task: str) -> dict[str, Rows]:
+    """A task's splits, of the hub or a folder, or of the suite beside the embedded backbone.
 
-    Raises ValueError if a split is missing.
+    Raises ValueError if a split is missing, or not as TASKS says.
     """
-    if name != "docs":
-        data = common.load_task(name, task)
-        for split in ("train", "validation"):
-            if split not in data:
-                raise ValueError(f"{task} has the splits {list(data)}; wanted {split} as well")
-        return data
-    import datasets
-
-    made = common.read_json(Path(backbone) / "suite.json")["tasks"][task.removesuffix("-like")]
-    return {split: datasets.Dataset.from_dict(columns) for split, columns in made.items()}
+    shape = shape_of(task)
+    if name == "docs":
+        data = common.read_json(Path(backbone) / "suite.json")["tasks"][task.removesuffix("-like")]
+        return {s: ([d[name] for name in shape.columns], d["label"]) for s, d in data.items()}
+    data, splits = common.load_task(name, task), ("train", "validation")
+    if not set(splits) <= set(data):
+        raise ValueError(f"{task} has the splits {list(data)}; wanted {' and '.join(splits)}")
+    return {split: checked(data[split], f"{task}, {split}", shape) for split in splits}
 
 
-def shuffled(count: int, seed: int) -> torch.Tensor:
-    """The numbers from 0 to count − 1 in an order of the seed's."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-
-
-def load(config: Config, backbone: str, task: str, seed: int) -> dict[str, tuple]:
-    """{split: (columns of texts, labels)}: the seed draws the training rows, and nothing else.
-
-    validation is the docs' own, or a tenth of the training set; test is the docs' own, or the
-    set called validation. Raises ValueError for data that is not as TASKS says.
-    """
-    data = source(config.data, backbone, task)
-    some = slice(config.evaluate or None)
-    rest = shuffled(len(data["train"]), seed=0)
-    if config.data == "docs":
-        rows = {"validation": data["validation"], "test": data["test"]}
-        where = {"train": "train", "validation": "validation", "test": "test"}
-    else:
-        tenth = max(2, len(rest) // 10)  # one row has no correlation
-        held, rest = rest[:tenth][some], rest[tenth:]
-        rows = {"validation": data["train"].select(held), "test": data["validation"]}
-        where = {"train": "train", "validation": "held out of train", "test": "validation"}
-    drawn = rest[shuffled(len(rest), seed)]
-    rows["train"] = data["train"].select(drawn[: config.train or None])
-    rows["test"] = rows["test"].select(shuffled(len(rows["test"]), seed=0)[some])
-    splits = ("train", "validation", "test")
-    return {s: checked(rows[s], f"{task}, {where[s]}", shape_of(task)) for s in splits}
-
-
-def checked(rows, where: str, shape: Shape) -> tuple[list[list[str]], list]:
-    """(columns of texts, labels) of a data set's rows.
+def checked(data, where: str, shape: Shape) -> Rows:
+    """A data set's columns and labels.
 
     Raises ValueError with the value found and wanted if they are not as `shape` says.
     """
     wanted = [*shape.columns, "label"]
-    if set(wanted) - set(rows.column_names):
-        raise ValueError(f"{where}: found the columns {rows.column_names}; wanted {wanted}")
-    columns = [rows[name][:] for name in shape.columns]
+    if set(wanted) - set(data.column_names):
+        raise ValueError(f"{where}: found the columns {data.column_names}; wanted {wanted}")
+    columns = [data[name][:] for name in shape.columns]
     for name, column in zip(shape.columns, columns, strict=True):
         for text in column:
             if not isinstance(text, str):
                 raise ValueError(f"{where}: found {text!r} in {name}; wanted text")
-    labels = rows["label"][:]
-    classes = shape.classes > 1
+    labels, score = data["label"][:], shape.classes == 1
     for y in labels:
-        known = isinstance(y, int | float) and 0 <= y <= (shape.classes - 1 if classes else 5)
-        if not known or (classes and y != int(y)):
-            kind = "0 or 1" if classes else "a score from 0 to 5"
+        known = isinstance(y, int | float) and (y in (0, 1) or (score and 0 <= y <= 5))
+        if not known:
+            kind = "a score from 0 to 5" if score else "0 or 1"
             raise ValueError(f"{where}: found the label {y!r}; wanted {kind}")
-    if len(set(labels)) < 2 and "held out" not in where:
+    if len(set(labels)) < 2:
         raise ValueError(f"{where}: found the labels {set(labels)} only; wanted two or more")
-    return columns, [int(y) if classes else float(y) for y in labels]
+    return columns, [float(y) if score else int(y) for y in labels]
+
+
+def shuffled(numbers: list[int], seed: int) -> list[int]:
+    """The numbers in an order of the seed's."""
+    order = torch.randperm(len(numbers), generator=torch.Generator().manual_seed(seed))
+    return [numbers[i] for i in order]
+
+
+def pick(rows: Rows, numbers: list[int]) -> Rows:
+    """Some of the rows, by their numbers."""
+    columns, labels = rows
+    return [[texts[i] for i in numbers] for texts in columns], [labels[i] for i in numbers]
+
+
+def load(config: Config, backbone: str, task: str, seed: int) -> dict[str, Rows]:
+    """A task's splits: the seed draws the training rows, and nothing else.
+
+    validation is the docs' own, or a tenth of the training set; test is the docs' own, or the
+    set called validation.
+    """
+    data = source(config.data, backbone, task)
+    some = slice(config.evaluate or None)
+    rest = shuffled(range(len(data["train"][1])), seed=0)
+    if config.data == "docs":
+        held, reported = data["validation"], data["test"]
+    else:
+        tenth = max(2, len(rest) // 10)  # one row has no correlation
+        held, reported = pick(data["train"], rest[:tenth][some]), data["validation"]
+        rest = rest[tenth:]
+    drawn = shuffled(rest, seed)[: config.train or None]
+    scored = shuffled(range(len(reported[1])), seed=0)[some]
+    return {
+        "train": pick(data["train"], drawn),
+        "validation": held,
+        "test": pick(reported, scored),
+    }
 
 
 # ---------------------------------------------------------------- floors
@@ -923,10 +921,8 @@ def prepare(config: Config) -> tuple[str, common.Results, dict]:
         about = {"corpus": common.read_json(folder / "suite.json")["corpus"], "weights": weights}
         return str(folder), common.results_of(config, "glue", __file__, **made), about
     check_backbone(config.backbone)  # what is wrong is said before anything is trained
-    for task, shape in TASKS.items():
-        data = source(config.data, config.backbone, task)
-        for split in ("train", "validation"):
-            checked(data[split], f"{task}, {split}", shape)
+    for task in TASKS:
+        source(config.data, config.backbone, task)
     about = {"weights": common.hash_of(config.backbone)}
     return config.backbone, common.results_of(config, "glue", __file__), about
 
@@ -934,15 +930,13 @@ def prepare(config: Config) -> tuple[str, common.Results, dict]:
 def compare(config: Config) -> None:
     """Make every run of the table; print it, write the JSON and draw the figure."""
     rows, rates = rows_and_rates(config)
-    specs = common.specify(rows, rates, task_names(config), range(config.seeds))
-    backbone, results, about = prepare(config)
-    figure = {"hra": "glue_hra", "gate": "glue_gate"}.get(config.table, "glue_docs")
-    if config.rows:
-        figure = "plots"
-    elif config.table == "gate":
-        places = [{key: spec[key] for key in ("task", "seed")} for spec in specs[:: len(rows)]]
+    tasks, seeds = task_names(config), range(config.seeds)
+    specs = common.specify(rows, rates, tasks, seeds)
+    if config.table == "gate":
         floors = [row(name, "floor") for name in ("Majority", "Linear")]
-        specs = [{**r, **place} for place in places for r in floors] + specs
+        specs = [{**r, "task": t, "seed": s} for s in seeds for t in tasks for r in floors] + specs
+    backbone, results, about = prepare(config)
+    figure = "plots" if config.rows else TABLES[config.table][1]
     name = "rows" if config.rows else config.table
     out = Path(config.out or results.folder / f"glue_{name}.json")
     runs = finish(specs, config, backbone, results)
@@ -958,7 +952,7 @@ def tune(config: Config) -> None:
     backbone, results, about = prepare(config)
     out = Path(config.out or results.folder / "glue_tune.json")
     name = preset(config)
-    rows = [r for table in TABLES.values() for r in table(config)]
+    rows = [r for table, _ in TABLES.values() for r in table(config)]
     make = functools.partial(finish, config=config, backbone=backbone, results=results)
     options = {"tuned_on": TUNED_ON.get(name), **about}
     rates = LEARNING_RATES[name]
