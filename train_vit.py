@@ -497,10 +497,8 @@ def compare(config: Config) -> None:
     specs = common.specify(rows, rates, task_names(config), range(config.seeds))
     backbone, results = prepare(config)
     figure = TABLES[config.table][1]
-    if config.rows:
+    if config.rows or config.data != "digits":
         figure = "plots"
-    elif figure == "vit_digits" and config.data != "digits":
-        figure = "vit_cifar"
     name = "vit_rows" if config.rows else figure
     out = Path(config.out or results.folder / f"{name}.json")
     note = f"Accuracy in per cent on the test split, mean over {config.seeds} seed(s)."
