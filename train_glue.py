@@ -187,13 +187,13 @@ def gate_rows(config) -> list[dict]:
     return [row("Full", "full"), lora(config)]
 
 
-TABLES = {  # name: (its rows, its figure)
-    "gate": (gate_rows, "glue_gate"),
-    "eigenlorax": (eigenlorax_rows, "glue_docs"),
-    "noise": (noise_rows, "glue_docs"),
-    "hra": (hra_rows, "glue_hra"),
-    "resora": (resora_rows, "glue_docs"),
-    "all": (all_rows, "glue_docs"),
+TABLES = {
+    "gate": gate_rows,
+    "eigenlorax": eigenlorax_rows,
+    "noise": noise_rows,
+    "hra": hra_rows,
+    "resora": resora_rows,
+    "all": all_rows,
 }
 
 # ---------------------------------------------------------------- the command line
@@ -316,7 +316,7 @@ def complete(config: Config) -> Config:
 
 def rows_and_rates(config: Config) -> tuple[list[dict], dict]:
     """The rows to compare, and every row's learning rate. Raises ValueError for unknown rows."""
-    rows = TABLES[config.table][0](config)
+    rows = TABLES[config.table](config)
     return common.rows_and_rates(config, rows, lora(config), LEARNING_RATES[preset(config)])
 
 
@@ -936,9 +936,10 @@ def compare(config: Config) -> None:
         floors = [row(name, "floor") for name in ("Majority", "Linear")]
         specs = [{**r, "task": t, "seed": s} for s in seeds for t in tasks for r in floors] + specs
     backbone, results, about = prepare(config)
-    figure = "plots" if config.rows else TABLES[config.table][1]
+    figure = {"gate": "glue_gate", "hra": "glue_hra"}.get(config.table, "glue_docs")
     name = "rows" if config.rows else config.table
     out = Path(config.out or results.folder / f"glue_{name}.json")
+    figure = "plots" if config.rows else figure
     runs = finish(specs, config, backbone, results)
     texts = [r for r in runs if r["row"] == runs[-1]["row"]]  # those of every row
     cut = sum(sum(r["truncated"].values()) for r in texts)
@@ -952,7 +953,7 @@ def tune(config: Config) -> None:
     backbone, results, about = prepare(config)
     out = Path(config.out or results.folder / "glue_tune.json")
     name = preset(config)
-    rows = [r for table, _ in TABLES.values() for r in table(config)]
+    rows = [r for table in TABLES.values() for r in table(config)]
     make = functools.partial(finish, config=config, backbone=backbone, results=results)
     options = {"tuned_on": TUNED_ON.get(name), **about}
     rates = LEARNING_RATES[name]

@@ -19,7 +19,7 @@ import common
 import eigenlorax
 import train_glue
 from common import row
-from figures import glue_docs, glue_gate, glue_hra, plots
+from figures import glue_gate, plots
 from tests.test_common import TINY, command
 
 ROOT = Path(__file__).parents[1]
@@ -42,7 +42,7 @@ def specs_of(base: train_glue.Config, *rows: dict, seeds=(0,), task: str = "") -
 
 def rows_by_name(base: train_glue.Config) -> dict[str, dict]:
     """The rows of all tables."""
-    return {r["row"]: r for table, _ in train_glue.TABLES.values() for r in table(base)}
+    return {r["row"]: r for table in train_glue.TABLES.values() for r in table(base)}
 
 
 # ---------------------------------------------------------------- the command line
@@ -640,7 +640,7 @@ def test_tuning_chooses_by_validation_and_a_table_prints_what_it_writes(
     kept = {"LoRA r=8": 1e-3, "EigenLoRAx": 1e-3}
     monkeypatch.setitem(train_glue.LEARNING_RATES, "few", kept)
     monkeypatch.setattr(train_glue, "GRID", {"few": (1e-3, 1e-2)})
-    monkeypatch.setattr(train_glue, "TABLES", {"noise": (train_glue.noise_rows, "glue_docs")})
+    monkeypatch.setattr(train_glue, "TABLES", {"noise": train_glue.noise_rows})
     tuned = main("--tune")
     assert list(tuned["validation"]) == list(kept)
     for name, scores in tuned["validation"].items():
@@ -664,38 +664,7 @@ def test_a_second_stage_without_its_first_says_what_to_do(shared):
             train_glue.finish([second], base, backbone, results)
 
 
-# ---------------------------------------------------------------- figures
-
-
-def test_verdicts_say_what_the_numbers_say(tmp_path):
-    gains = {"EigenLoRAx": 0.1, "PiSSA r=4": 0.3, "BOFT": -0.05, "OFT": 0.05, "λ=1e-3": 0.02}
-    rng, runs = random.Random(0), []
-    for task in train_glue.TASKS:
-        for seed in range(3):
-            luck = rng.gauss(0.5, 0.1)  # which rows share
-            for name in rows_by_name(config(table="all")):
-                gain = gains.get(name.removeprefix("HRA r=8, "), 0.0)
-                about = {"row": name, "task": task, "seed": seed, "trainable": 1000}
-                runs.append({**about, "test": luck + gain, "losses": [1.0, 0.8 - gain]})
-    data = {"config": {"backbone": "a/b", "train": 9}, "rows": plots.summary(runs), "runs": runs}
-    ours, hra = "EigenLoRAx", "HRA r=8, λ=0"
-    for mine, other, least, wanted in [
-        (ours, "LoRA r=4", -1.0, "+10.0 [+10.0, +10.0] points, supported here"),
-        (hra, "LoRA r=4", 0.0, "+0.0 [+0.0, +0.0] points, undecided"),
-        (hra, "OFT", 0.0, "-5.0 [-5.0, -5.0] points, not supported here"),
-        ("HRA r=8, λ=1e-3", hra, 0.0, "+2.0 [+2.0, +2.0] points, supported here"),
-    ]:
-        _, *said = plots.judge(data, "any", [mine], [other], least=least)
-        assert ", ".join(said) == wanted, mine
-    for other, wanted in (("VeRA", "supported here"), ("PiSSA r=4", "not supported here")):
-        found = plots.judge(data, "converges faster", [ours], [other], plots.log_loss)
-        assert found[2] == wanted, other
-    for figure in (glue_docs, glue_hra):
-        source = tmp_path / f"{figure.__name__}.json"
-        lines = [r for r in data["rows"] if figure is glue_docs or "RA r=" in r["row"]]
-        source.write_text(json.dumps({**data, "rows": lines}))
-        assert figure.draw(source).exists()
-        assert source.with_suffix(".md").read_text() == plots.as_table(lines) + "\n"
+# ---------------------------------------------------------------- what is committed
 
 
 def test_the_committed_rates_are_those_that_validation_chose():
