@@ -737,41 +737,41 @@ def features(columns: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat([(u - v).abs(), u * v], 1)
 
 
-def floor(name: str, trunk: nn.Module, tokenizer, length: int, rows: dict, metric: str) -> tuple:
-    """(scores on validation and test, the fitted model) of the floor called Majority or Linear.
-
-    Linear has converged, on standardised features, and has the strength best on validation.
-    """
+def floor_models(name: str, scalar: bool) -> list:
+    """What is fitted for the floor called Majority, or for Linear: a model for each strength."""
     from sklearn.dummy import DummyClassifier, DummyRegressor
-    from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression, Ridge
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    scalar = metric == "pearson"
     if name == "Majority":
-        models = [DummyRegressor() if scalar else DummyClassifier()]
-        x = {split: torch.zeros(len(labels), 1) for split, (_, labels) in rows.items()}
-    else:
-        models = [
-            Ridge(alpha=1 / C) if scalar else LogisticRegression(C=C, max_iter=10_000)
-            for C in STRENGTHS
-        ]
-        models = [make_pipeline(StandardScaler(), model) for model in models]
-        x = {
-            split: features([embed(texts, trunk, tokenizer, length) for texts in columns])
-            for split, (columns, _) in rows.items()
-        }
-    found = []
-    for model in models:
+        return [DummyRegressor() if scalar else DummyClassifier()]
+    models = []
+    for C in STRENGTHS:
+        linear = Ridge(alpha=1 / C) if scalar else LogisticRegression(C=C, max_iter=10_000)
+        models.append(make_pipeline(StandardScaler(), linear))
+    return models
+
+
+def floor(name: str, trunk: nn.Module, tokenizer, length: int, rows: dict, metric: str) -> tuple:
+    """(scores on validation and test, the model) of a floor; it has converged, or this raises.
+
+    Of several models it is the one that is best on validation.
+    """
+    from sklearn.exceptions import ConvergenceWarning
+
+    scalar, x, found = metric == "pearson", {}, []
+    for split, (columns, _) in rows.items():
+        columns = [embed(texts, trunk, tokenizer, length) for texts in columns]
+        x[split] = features(columns).double().numpy()
+    for model in floor_models(name, scalar):
         with warnings.catch_warnings(action="error", category=ConvergenceWarning):
-            model.fit(x["train"].double().numpy(), rows["train"][1])
+            model.fit(x["train"], rows["train"][1])
+        predict = model.predict if scalar else model.predict_proba
         scores = {}
         for split in ("validation", "test"):
-            given = x[split].double().numpy()
-            outputs = model.predict(given)[:, None] if scalar else model.predict_proba(given)
-            labels = torch.tensor(rows[split][1])
-            scores[split] = common.score(torch.from_numpy(outputs), labels, metric)
+            outputs = torch.from_numpy(predict(x[split])).view(len(x[split]), -1)
+            scores[split] = common.score(outputs, torch.tensor(rows[split][1]), metric)
         found.append((scores, model))
     return max(found, key=lambda pair: pair[0]["validation"])
 
