@@ -1,44 +1,48 @@
-"""Draw glance.png from glance.json: what each of the three methods freezes, trains and multiplies.
+"""What each of the three methods freezes, trains and multiplies: draws glance.png from glance.json.
 
-python -m figures.glance [JSON]
+python -m figures.glance
 """
 
-import sys
 from pathlib import Path
 
 import common
 from figures import plots
 
 
+def draw_block(axis, block: dict, looks: dict) -> None:
+    """A matrix as a rectangle: its name in it, its shape above it."""
+    x, y, width, height = block["at"]
+    light = "black" if looks["facecolor"] != "0.25" else "white"
+    axis.add_patch(plots.plotting().Rectangle((x, y), width, height, edgecolor="black", **looks))
+    back = {"facecolor": looks["facecolor"], "edgecolor": "none", "pad": 1}
+    middle = {"ha": "center", "va": "center", "fontsize": 12, "color": light, "bbox": back}
+    axis.text(x + width / 2, y + height / 2, block["label"], **middle)
+    axis.text(x + width / 2, y + height + 0.08, block["shape"], ha="center", va="bottom")
+
+
 def draw(source: str | Path) -> Path:
     """Draw the figure beside its JSON; returns the path of the PNG."""
     data = common.read_json(source)
-    plt = plots.plotting()
-    size = (12, 3.2)
-    figure, panels = plt.subplots(1, len(data["panels"]), figsize=size, layout="constrained")
-    for axes, panel in zip(panels, data["panels"], strict=True):
+    figure, axes = plots.canvas(4.9, 2, 2)
+    for axis, panel in zip(axes.flat, data["panels"], strict=False):
         for block in panel["blocks"]:
-            (x, y, width, height), kind = block["at"], data["kinds"][block["kind"]]
-            axes.add_patch(plt.Rectangle((x, y), width, height, edgecolor="black", **kind["looks"]))
-            color = "white" if kind["looks"]["facecolor"] == "0.25" else "black"
-            middle = x + width / 2, y + height / 2
-            back = {"facecolor": kind["looks"]["facecolor"], "edgecolor": "none", "pad": 1}
-            axes.text(*middle, block["label"], ha="center", va="center", color=color, bbox=back)
-            shape = {"ha": "center", "va": "bottom", "fontsize": "small"}
-            axes.text(x + width / 2, y + height + 0.06, block.get("shape", ""), **shape)
+            draw_block(axis, block, data["kinds"][block["kind"]]["looks"])
         for x, y, sign in panel["signs"]:
-            axes.text(x, y, sign, ha="center", va="center", fontsize="x-large")
-        axes.text(0, -0.35, panel["caption"], va="top", fontsize="small")
-        axes.set(xlim=(-0.1, panel["width"]), ylim=(-1.5, 3.3), aspect="equal")
-        axes.set_title(panel["title"], fontsize="medium", loc="left")
-        axes.axis("off")
+            axis.text(x, y, sign, ha="center", va="center", fontsize=16)
+        axis.text(0, 0.1, panel["caption"], va="top")
+        axis.set(xlim=(-0.1, 8.8), ylim=(-1.1, 3.3), aspect="equal")
+        axis.set_title(panel["title"], fontsize=12)
+        axis.axis("off")
+    axes[1, 1].axis("off")
     handles = [
-        plt.Rectangle((0, 0), 1, 1, edgecolor="black", label=kind["meaning"], **kind["looks"])
+        plots.plotting().Rectangle(
+            (0, 0), 1, 1, edgecolor="black", label=kind["meaning"], **kind["looks"]
+        )
         for kind in data["kinds"].values()
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    axes[1, 1].legend(handles=handles, loc="center left", fontsize=11)
     return plots.save_figure(figure, source)
 
 
 if __name__ == "__main__":
-    print(draw(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).with_suffix(".json")))
+    print(draw(Path(__file__).with_suffix(".json")))

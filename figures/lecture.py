@@ -1,8 +1,7 @@
-"""Draw lecture.png from lecture.json: what each of the three methods does, one claim a panel.
+"""What each of the three methods does, one claim a panel: draws lecture.png from lecture.json.
 
 python -m figures.lecture             draw
 python -m figures.lecture --measure   compute first (seconds), then draw
-    --out JSON     another file than lecture.json
 
 mirrors   x, H₂x and H₁H₂x in the plane, by `reflect`, and the mirrors, which are at right angles to
           u₁ and u₂.
@@ -24,9 +23,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common import environment, one_line_errors, read_json, write_json
+import common
 from eigenlorax import augment, principal_components
-from figures.plots import plotting, save_figure
+from figures import adapters, plots
 from hra import reflect
 from resora import METRICS, redundancy, regauge
 
@@ -34,12 +33,6 @@ PLAN = {
     "mirrors": {"degrees": [75, 20], "x": -10},
     "gauge": {"o": 16, "d": 16, "N": 2000, "sizes": [0.4, 0.1], "mean": 3.0, "step": 3},
     "energy": {"d": 64, "r": 4, "adapters": 12, "shared": 8, "noise": 0.1, "most": 32, "draws": 20},
-}
-LINES = {  # grey, dashes, width
-    "euclidean": ("0.0", "-", 1.2),
-    "cosine": ("0.0", "--", 2.2),
-    "linear": ("0.5", "-", 3.0),
-    "nonlinear": ("0.5", ":", 2.2),
 }
 
 
@@ -87,12 +80,12 @@ def energy(plan: dict) -> dict:
     found = {"recycled components": [], "random directions": [], "recycled, nothing shared": []}
     for draw in range(plan["draws"]):
         g = torch.Generator().manual_seed(draw)
-        common = augment(torch.zeros(0, d, dtype=torch.float64), shared, g)
+        basis = augment(torch.zeros(0, d, dtype=torch.float64), shared, g)
         size = plan["adapters"], r
         noise = plan["noise"] * normal(g, *size, d)
-        alike, apart = normal(g, *size, shared) @ common + noise, normal(g, *size, d)
+        alike, apart = normal(g, *size, shared) @ basis + noise, normal(g, *size, d)
         others = [principal_components(A[1:].flatten(0, 1), center=False).V for A in (alike, apart)]
-        bases = (alike, others[0]), (alike, augment(common[:0], d, g)), (apart, others[1])
+        bases = (alike, others[0]), (alike, augment(basis[:0], d, g)), (apart, others[1])
         for row, (A, V) in zip(found.values(), bases, strict=True):
             held = (A[0] @ V.T).square().sum(0).cumsum(0) / A[0].square().sum()
             row.append([0.0, *(100 * held[: plan["most"]]).tolist()])
@@ -109,95 +102,90 @@ def energy(plan: dict) -> dict:
 def measure(target: Path) -> None:
     """Write the JSON, whole or not at all."""
     found = {f.__name__: f(PLAN[f.__name__]) for f in (mirrors, gauge, energy)}
-    write_json(target, {"environment": environment(), "plan": PLAN} | found)
+    common.write_json(target, {"environment": common.environment(), "plan": PLAN} | found)
 
 
 def draw_mirrors(axis, plan: dict, found: dict) -> None:
     """x, its image in the second mirror, and the image of that in the first."""
-    for name, degrees in zip("₁₂", plan["degrees"], strict=True):
+    for name, degrees in zip("12", plan["degrees"], strict=True):
         x, y = (1.3 * turn(degrees)[:, 0]).tolist()
         axis.plot([-x, x], [-y, y], color="0.6", linestyle="--", linewidth=1.2)
-        axis.text(x, y + 0.06, f"mirror of u{name}", ha="center")
+        axis.text(x, y + 0.06, f"mirror {name}", ha="center")
     circle = [turn(degrees)[:, 0].tolist() for degrees in range(361)]
     axis.plot(*zip(*circle, strict=True), color="0.8", linewidth=0.8)
-    points, greys = found["points"], ("0.0", "0.5", "0.0")
+    points, shade = found["points"], plots.colour("hra")
     for start, end in pairwise(points):
         axis.plot(*zip(start, end, strict=True), color="0.3", linestyle=":", linewidth=1.5)
-    for point, name, grey in zip(points, ("x", "H₂x", "H₁H₂x"), greys, strict=True):
-        arrow = {"arrowstyle": "-|>", "color": grey, "shrinkA": 0, "shrinkB": 0, "linewidth": 2}
+    for point, name in zip(points, ("x", "H₂x", "H₁H₂x"), strict=True):
+        arrow = {"arrowstyle": "-|>", "color": shade, "shrinkA": 0, "shrinkB": 0, "linewidth": 2}
         axis.annotate("", point, (0, 0), arrowprops=arrow)
-        axis.text(*(1.16 * coordinate for coordinate in point), name, ha="center", va="center")
+        axis.text(*(1.2 * coordinate for coordinate in point), name, ha="center", va="center")
     between = plan["degrees"][0] - plan["degrees"][1]
-    axis.set_title(
-        f"HRA: two reflections turn x by {2 * between}°,\n"
-        f"twice the {between}° between their mirrors"
-    )
-    axis.set(xlabel="first input (no unit)", ylabel="second input (no unit)", aspect="equal")
+    axis.set_title(f"HRA: two mirrors turn x by {2 * between}°,\ntwice the {between}° between them")
+    axis.set(xlabel="first input", ylabel="second input", aspect="equal")
     axis.set(xlim=(-1.6, 1.6), ylim=(-1.6, 1.6), xticks=(-1, 0, 1), yticks=(-1, 0, 1))
+
+
+DASHES = {"euclidean": "-", "cosine": "--", "linear": "-", "nonlinear": ":"}
 
 
 def draw_gauge(axis, found: dict) -> None:
     """The four redundancies against the angle."""
-    for metric, (grey, dashes, width) in LINES.items():
-        style = {"color": grey, "linestyle": dashes, "linewidth": width}
-        axis.plot(found["degrees"], found[metric], label=metric, **style)
+    for metric, dash in DASHES.items():
+        shade = plots.colour("resora") if "linear" in metric else "0.2"
+        axis.plot(found["degrees"], found[metric], dash, color=shade, label=metric)
     axis.axvline(0, color="0.7", linewidth=0.8)
-    for x, text in ((-45, "columns of B\nstay orthonormal"), (45, "codes\nstay uncorrelated")):
-        axis.text(x, 1.07, text, ha="center", va="center", fontsize="small")
-    axis.set_title(
-        "ReSoRA: ΔW is the same everywhere, and\neach metric is blind to half of these turns"
-    )
-    axis.set(xlabel="turn of the two components (°)", ylabel="redundancy R (no unit)")
-    axis.set(xlim=(-90, 90), ylim=(-0.02, 1.15), xticks=range(-90, 91, 45))
-    axis.legend(fontsize="small", ncols=2, loc="upper center", bbox_to_anchor=(0.5, 0.9))
+    for x, text in ((-45, "B stays\northonormal"), (45, "codes stay\nuncorrelated")):
+        axis.text(x, 1.1, text, ha="center", va="center")
+    axis.set_title("ReSoRA: ΔW is the same everywhere;\neach metric is blind to half the turns")
+    axis.set(xlabel="turn of the two components, in degrees", ylabel="redundancy R")
+    axis.set(xlim=(-90, 90), ylim=(-0.02, 1.2), xticks=range(-90, 91, 45))
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def draw_energy(axis, plan: dict, found: dict) -> None:
-    """Mean over the draws and band from least to most, for each row."""
-    styles = ("0.0", "-", 2.0), ("0.5", "--", 2.0), ("0.0", ":", 1.6)
-    for (row, held), (grey, dashes, width) in zip(found.items(), styles, strict=True):
-        axis.plot(held["mean"], color=grey, linestyle=dashes, linewidth=width, label=row)
+    """What K directions hold of A of an adapter that they were not made from."""
+    real = common.read_json(Path(__file__).with_name("adapters.json"))["sides"]["A"]
+    ks = [k for k in real["ks"] if k <= plan["most"]]
+    median = [100 * adapters.left_out(real["real"], real["ks"], k) for k in ks]
+    ends, recycled = [], plots.colour("eigenlorax")
+    looks = (recycled, "-"), (plots.colour("random"), "--"), ("0.4", ":")
+    for (row, held), (shade, dash) in zip(found.items(), looks, strict=True):
+        axis.plot(held["mean"], dash, color=shade)
         K = range(len(held["mean"]))
-        axis.fill_between(K, held["least"], held["most"], color=grey, alpha=0.15, linewidth=0)
+        axis.fill_between(K, held["least"], held["most"], color=shade, alpha=0.15, linewidth=0)
+        ends.append((row, held["mean"][-1], shade))
+    axis.plot(ks, median, "o-", color="black")
+    ends.append(("of real adapters", median[-1], "black"))
     K = plan["shared"]
     axis.axvline(K, color="0.7", linewidth=0.8)
-    ours, random = (found[row]["mean"][K] for row in ("recycled components", "random directions"))
+    ours, real = found["recycled components"]["mean"][K], median[ks.index(K)]
     axis.set_title(
-        f"EigenLoRAx: of a new adapter, {K} directions that\n"
-        f"others share hold {ours:.0f} %, {K} random ones {random:.0f} %"
+        f"EigenLoRAx, constructed adapters that share {K} directions: {K} components of the"
+        f" others\nhold {ours:.0f} % of a new one; of a real adapter they hold {real:.0f} %"
     )
-    axis.set(xlabel="K, components", ylabel="part of ‖A‖² held (%)")
+    axis.set(xlabel="K, components of the other adapters", ylabel="part of ‖A‖² held, in %")
     axis.set(xlim=(0, plan["most"]), ylim=(0, 102), xticks=range(0, plan["most"] + 1, 8))
-    axis.legend(fontsize="small", loc="upper right", bbox_to_anchor=(1, 0.85))
+    plots.name_lines(axis, ends)
 
 
-def draw(source: Path) -> Path:
+def draw(source: str | Path) -> Path:
     """Draw the figure beside its JSON; returns the path of the PNG."""
-    data = read_json(source)
-    figure, axes = plotting().subplots(1, 3, figsize=(14, 4.9), layout="constrained")
-    draw_mirrors(axes[0], data["plan"]["mirrors"], data["mirrors"])
-    draw_gauge(axes[1], data["gauge"])
-    draw_energy(axes[2], data["plan"]["energy"], data["energy"])
-    for axis in axes:
-        axis.grid(color="0.93")
-        axis.set_axisbelow(True)
-        axis.title.set_fontsize("medium")
-    figure.get_layout_engine().set(wspace=0.05, w_pad=0.1)
-    return save_figure(figure, source)
+    data = common.read_json(source)
+    figure = plots.plotting().figure(figsize=(plots.WIDTH, 7.6), layout="constrained")
+    axes = figure.subplot_mosaic([["mirrors", "gauge"], ["energy", "energy"]])
+    draw_mirrors(axes["mirrors"], data["plan"]["mirrors"], data["mirrors"])
+    draw_gauge(axes["gauge"], data["gauge"])
+    draw_energy(axes["energy"], data["plan"]["energy"], data["energy"])
+    return plots.save_figure(figure, source)
 
 
-def main() -> None:
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--measure", action="store_true", help="compute first")
-    default = Path(__file__).with_suffix(".json")
-    parser.add_argument("--out", type=Path, default=default, metavar="JSON")
-    options = parser.parse_args()
-    if options.measure:
-        measure(options.out)
-    print(draw(options.out))
-
-
-if __name__ == "__main__":
-    one_line_errors(main)
+    here = Path(__file__).with_suffix(".json")
+    if parser.parse_args().measure:
+        measure(here)
+    print(draw(here))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Draw numerics.png and write numerics.md from numerics.json: errors against float64, and drift.
+"""Errors against float64, and drift: draws numerics.png from numerics.json.
 
 python -m figures.numerics               draw
 python -m figures.numerics --measure     measure first (a minute), then draw
@@ -182,58 +182,72 @@ def measure(plan: dict) -> dict:
     }
 
 
-def page(data: dict) -> str:
-    """The table of errors in Markdown."""
+def said(data: dict) -> str:
+    """The errors as a table, folded away."""
     rows = {}
     for cell in data["errors"]:
-        rows.setdefault((cell["method"], cell["quantity"]), {})[cell["dtype"]] = cell
-    lines = ["| | | " + " | ".join(DTYPES) + " |", "|---|---|" + "---:|" * len(DTYPES)]
-    for (method, quantity), cells in rows.items():
-        shown = [
-            "{error:.1e} ({in_eps:.2f} of {bound_in_eps:.0f} eps)".format(**cells[t])
-            for t in DTYPES
-        ]
-        lines.append(f"| {method} | {quantity} | " + " | ".join(shown) + " |")
-    note = (
-        "Worst error against float64, relative to the largest number wanted (R: to 1), over sizes "
-        f"{data['plan']['sizes']} and {data['plan']['seeds']} seeds, rank {data['plan']['r']};"
-        " in brackets: in eps of the answer's dtype, and the bound at that size, which tests keep."
-    )
-    return note + "\n\n" + "\n".join(lines) + "\n"
+        shown = "{error:.1e} ({in_eps:.2f} of {bound_in_eps:.0f} eps)".format(**cell)
+        rows.setdefault((cell["method"], cell["quantity"]), []).append(shown)
+    table = plots.markdown([[*key, *cells] for key, cells in rows.items()], ["", "", *DTYPES], 2)
+    return f"<details><summary>Every error, and its bound</summary>\n\n{table}\n\n</details>"
+
+
+MARKERS = dict(zip(DTYPES, "Do^", strict=True))
+
+
+def draw_errors(axis, cells: list[dict]) -> None:
+    """Each quantity's worst error as a share of its bound."""
+    names = list(dict.fromkeys(f"{c['method']}: {c['quantity']}" for c in cells))
+    for dtype, marker in MARKERS.items():
+        mine = [c for c in cells if c["dtype"] == dtype]
+        places = [names.index(f"{c['method']}: {c['quantity']}") for c in mine]
+        shares = [max(c["share"], 1e-4) for c in mine]
+        axis.plot(shares, places, marker, label=dtype, color="0.2", fillstyle="none")
+    axis.axvline(1, color="0.2", linewidth=0.8)
+    axis.set(xscale="log", xlim=(None, 2), xlabel="worst error / its bound")
+    plots.name_rows(axis, names, [])
+    axis.legend(loc="upper left", bbox_to_anchor=(0.05, 0.95))
+    worst = max(c["share"] for c in cells)
+    axis.set_title(f"No error against float64 is above {100 * worst:.0f} % of its bound")
+
+
+def draw_drift(axis, drift: dict) -> None:
+    """How far HRA's H is from orthogonal while it is trained."""
+    ends = [("bound", drift["bound"], "0.2")]
+    for (kind, found), dash in zip(drift["found"].items(), ("-", "--", ":"), strict=True):
+        heights = list(found.values())
+        axis.plot([int(step) for step in found], heights, dash, color=plots.colour("hra"))
+        ends.append((kind, heights[-1], plots.colour("hra")))
+    axis.axhline(drift["bound"], color="0.2", linewidth=0.8)
+    axis.set_xticks([0, 5000, 10000])
+    axis.set(yscale="log", xlabel="steps of AdamW", title="HRA in training: max|HᵀH − I|")
+    plots.name_lines(axis, ends)
+
+
+def draw_rounds(axis, rounds: list[dict]) -> None:
+    """The error of each merge, in eps of the dtype."""
+    ends = []
+    for row in rounds:
+        errors = [error / torch.finfo(DTYPES[row["dtype"]]).eps for error in row["errors"]]
+        turns = range(1, len(errors) + 1)
+        style = {"marker": MARKERS[row["dtype"]], "fillstyle": "none", "alpha": 0.7}
+        shade = plots.colour(row["method"])
+        axis.plot(turns, errors, color=shade, linewidth=1, **style)
+        if row["dtype"] == "float32":  # the largest of the three
+            ends.append((row["method"], errors[-1], shade))
+    axis.set(ylim=(0, None), xlabel="round of training and merging")
+    axis.set_title("Merged again: error of W' in eps")
+    plots.name_lines(axis, ends)
 
 
 def draw(source: str | Path) -> Path:
-    """Write the table and draw the figure beside the JSON; returns the path of the PNG."""
+    """Draw the figure beside the JSON; returns the path of the PNG."""
     data = common.read_json(source)
-    with common.replacing(Path(source).with_suffix(".md")) as temporary:
-        temporary.write_text(page(data), encoding="utf-8")
-    figure, axes = plots.plotting().subplots(1, 3, figsize=(12, 4), layout="constrained")
-    names = list(dict.fromkeys(f"{c['method']}: {c['quantity']}" for c in data["errors"]))
-    styles = dict(zip(DTYPES, ("D", "o", "^"), strict=True))
-    for dtype, marker in styles.items():
-        cells = [c for c in data["errors"] if c["dtype"] == dtype]
-        places = [names.index(f"{c['method']}: {c['quantity']}") for c in cells]
-        shares = [max(c["share"], 1e-4) for c in cells]
-        axes[0].plot(shares, places, marker, label=dtype, color="0.2", fillstyle="none")
-    axes[0].axvline(1, color="black", linewidth=0.8)
-    axes[0].set(xscale="log", xlabel="worst error / its bound", title="Errors against float64")
-    axes[0].set_yticks(range(len(names)), names, fontsize="small")
-    axes[0].invert_yaxis()
-    axes[0].legend(fontsize="small")
-    for (kind, found), line in zip(data["drift"]["found"].items(), ("-", "--", ":"), strict=True):
-        axes[1].plot([int(s) for s in found], found.values(), line, color="0.3", label=kind)
-    axes[1].axhline(data["drift"]["bound"], color="black", linewidth=0.8)
-    axes[1].set(yscale="log", xlabel="AdamW steps", ylabel="max|HᵀH − I|, float32")
-    axes[1].set(title="HRA stays orthogonal (line: bound)")
-    axes[1].legend(fontsize="small")
-    for r in data["rounds"]:
-        eps = torch.finfo(DTYPES[r["dtype"]]).eps
-        turns = range(1, len(r["errors"]) + 1)
-        axes[2].plot(
-            turns, [e / eps for e in r["errors"]], f"{styles[r['dtype']]}-", color="0.4", alpha=0.5
-        )
-    axes[2].set(yscale="log", xlabel="round of training and merging", ylabel="error of W' in eps")
-    axes[2].set(title="Merging again: within four eps")
+    figure = plots.plotting().figure(figsize=(plots.WIDTH, 7.2), layout="constrained")
+    axes = figure.subplot_mosaic([["errors", "errors"], ["drift", "rounds"]], height_ratios=[3, 2])
+    draw_errors(axes["errors"], data["errors"])
+    draw_drift(axes["drift"], data["drift"])
+    draw_rounds(axes["rounds"], data["rounds"])
     return plots.save_figure(figure, source)
 
 
