@@ -55,8 +55,6 @@ NOISE = 0.05  # in the constructed adapters that are served
 
 # ---------------------------------------------------------------- comparing
 
-SLOW, FEW = 5.0, 3  # a call that takes more than SLOW seconds is made in the first FEW rounds only
-
 
 def elapsed(call: Callable) -> float:
     """Seconds that a call takes."""
@@ -69,15 +67,12 @@ def elapsed(call: Callable) -> float:
 
 def timed(calls: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
     """The seconds of each call in each round, after a first round that is not counted."""
-    names = list(calls)
-    first = {name: elapsed(calls[name]) if rounds > 1 else 0.0 for name in names}
-    seconds = {name: [] for name in names}
-    for i in range(rounds):
+    names, seconds = list(calls), {name: [] for name in calls}
+    for i in range(rounds + 1):
         turn = i % len(names)  # nobody is always the first
         for name in names[turn:] + names[:turn]:
-            if i < FEW or first[name] < SLOW:
-                seconds[name].append(elapsed(calls[name]))
-    return seconds
+            seconds[name].append(elapsed(calls[name]))
+    return {name: times[1:] for name, times in seconds.items()}
 
 
 def compared(case: str, seconds: dict[str, list[float]], reference: str) -> list[dict]:
@@ -102,20 +97,6 @@ def compared(case: str, seconds: dict[str, list[float]], reference: str) -> list
 # ---------------------------------------------------------------- HRA: one adapted Linear
 
 
-class Chain(nn.Module):
-    """x (W H₁…H_r)ᵀ with every H_i a dense d × d matrix."""
-
-    def __init__(self, base: nn.Linear, r: int):
-        super().__init__()
-        self.base, self.U = base, nn.Parameter(torch.randn(base.in_features, r))
-
-    def forward(self, x):
-        return nn.functional.linear(x, self.base.weight @ hra.chain(self.U), self.base.bias)
-
-
-CHAIN_FLOPS = 1e12  # the chain's 6·r·d³ operations beyond this are not waited for
-
-
 def adapted(d: int, r: int) -> dict[str, nn.Module]:
     """One Linear in every way that is compared."""
     from peft import HRAConfig, inject_adapter_in_model
@@ -128,15 +109,12 @@ def adapted(d: int, r: int) -> dict[str, nn.Module]:
         warnings.simplefilter("ignore")
         config = HRAConfig(r=r, init_weights=False, target_modules=["layer"])
         theirs = inject_adapter_in_model(config, nn.ModuleDict({"layer": base()}))["layer"]
-    found = {
+    return {
         "base alone": base(),
         "LoRA": resora.LoRALinear(base(), r),
         "HRA, ours": hra.HRALinear(base(), r, "random"),
         "HRA, PEFT": theirs,
     }
-    if 6 * r * d**3 <= CHAIN_FLOPS:
-        found["literal chain"] = Chain(base(), r)
-    return found
 
 
 def saved(module: nn.Module, x: torch.Tensor) -> int:

@@ -211,12 +211,10 @@ def draw_choices(data: dict):
     return figure
 
 
-def said_choices(data: dict) -> str:
-    """What was chosen, and what is at an edge."""
-    found = choices(data)
-    text = ", ".join(f"{name} {best(scores):g}" for name, scores in found.items())
-    edges = [name for name, s in found.items() if best(s) in (min(s), max(s))]
-    return f"Chosen: {text}. At an edge of the grid: {', '.join(edges) or 'none'}."
+def at_edges(data: dict) -> str:
+    """What was chosen at an edge of its grid."""
+    edges = [name for name, s in choices(data).items() if best(s) in (min(s), max(s))]
+    return f"Chosen at an edge of the grid: {'; '.join(edges) or 'nothing'}."
 
 
 # ---------------------------------------------------------------- ReSoRA beside its control
