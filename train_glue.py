@@ -936,10 +936,9 @@ def compare(config: Config) -> None:
         floors = [row(name, "floor") for name in ("Majority", "Linear")]
         specs = [{**r, "task": t, "seed": s} for s in seeds for t in tasks for r in floors] + specs
     backbone, results, about = prepare(config)
-    figure = {"gate": "glue_gate", "hra": "glue_hra"}.get(config.table, "glue_docs")
+    figure = "glue_gate" if config.table == "gate" else "runs"
     name = "rows" if config.rows else config.table
     out = Path(config.out or results.folder / f"glue_{name}.json")
-    figure = "plots" if config.rows else figure
     runs = finish(specs, config, backbone, results)
     texts = [r for r in runs if r["row"] == runs[-1]["row"]]  # those of every row
     cut = sum(sum(r["truncated"].values()) for r in texts)
