@@ -147,16 +147,19 @@ def hra_rows(config) -> list[dict]:
     """
     paper = preset(config) == "paper"
     every = {"every": True} if paper and config.table == "hra" else {}
-    own_epochs = paper and not config.epochs
-    plain = {**every, "epochs": HRA_EPOCHS} if own_epochs else every
+    plain, penalised, rate = every, every, "HRA r=8, λ=0"
+    if paper:
+        rate = "HRA r=8, λ=1e-5"
+        if not config.epochs:
+            plain = {**every, "epochs": HRA_EPOCHS}
+            penalised = {**every, "epochs": HRA_PENALISED_EPOCHS}
     rows = [
         {**lora(config), **every},
         row("OFT", "oft", rank=16, **plain),
         row("BOFT", "boft", rank=8, **plain),
     ]
-    rows += [row(f"HRA r={r}, λ=0", "hra", rank=r, rate="HRA r=8, λ=0", **plain) for r in (2, 4, 8)]
-    penalised = {**every, "epochs": HRA_PENALISED_EPOCHS} if own_epochs else every
-    rate = "HRA r=8, λ=1e-5" if paper else "HRA r=8, λ=0"
+    for r in (2, 4, 8):
+        rows.append(row(f"HRA r={r}, λ=0", "hra", rank=r, rate="HRA r=8, λ=0", **plain))
     for name, lam in {"1e-5": 1e-5, "1e-3": 1e-3, "1e-1": 1e-1}.items():
         rows.append(row(f"HRA r=8, λ={name}", "hra", rank=8, lam=lam, rate=rate, **penalised))
     return [*rows, row("HRA r=8, λ=∞", "hra", rank=8, strict=True, **plain)]
@@ -363,7 +366,8 @@ def docstrings(root: Path) -> list[Doc]:
             if kind in ("Module", "ClassDef", "FunctionDef", "AsyncFunctionDef"):
                 name, text = getattr(node, "name", parts[-1]), ast.get_docstring(node) or ""
                 doc = Doc(".".join(parts), name, kind.endswith("FunctionDef"), sentences(text))
-                found += [doc] if doc.sentences else []
+                if doc.sentences:
+                    found.append(doc)
     return found
 
 
@@ -385,7 +389,9 @@ def is_prose(text: str) -> bool:
 def split_of(module: str) -> str:
     """train, validation or test: the same for a module on every machine."""
     share = int(common.fingerprint(module), 16) / 16**16
-    return "train" if share < 0.65 else "validation" if share < 0.75 else "test"
+    if share < 0.65:
+        return "train"
+    return "validation" if share < 0.75 else "test"
 
 
 def words_of(name: str) -> str:
@@ -409,11 +415,11 @@ def examples(task: str, docs: list[Doc], rng: random.Random) -> Iterable[tuple[l
             words = s.rstrip(".:").split()
             yield [" ".join(words if i % 2 else rng.sample(words, len(words)))], i % 2
     elif task == "sst2":
-        kinds = [
-            [doc.sentences[0] for doc in docs if doc.function == kind] for kind in (True, False)
-        ]
-        for pair in zip(*kinds, strict=False):
-            yield from (([s], label) for label, s in enumerate(pair))
+        functions = [doc.sentences[0] for doc in docs if doc.function]
+        others = [doc.sentences[0] for doc in docs if not doc.function]
+        for one, other in zip(functions, others, strict=False):
+            yield [one], 0
+            yield [other], 1
     elif task == "mrpc":
         for i, doc in enumerate(several):
             pair = [doc.sentences[0], rng.choice(doc.sentences[1:])]
@@ -710,6 +716,7 @@ def load(config: Config, backbone: str, task: str, seed: int) -> dict[str, Rows]
 # What is reached without training the backbone. A row of a table that is not above both floors has
 # learned nothing that the frozen model did not know.
 
+FLOORS = ("Majority", "Linear")
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # C of the linear floor; 1/C of its ridge
 
 
@@ -930,17 +937,16 @@ def prepare(config: Config) -> tuple[str, common.Results, dict]:
 def compare(config: Config) -> None:
     """Make every run of the table; print it, write the JSON and draw the figure."""
     rows, rates = rows_and_rates(config)
-    tasks, seeds = task_names(config), range(config.seeds)
-    specs = common.specify(rows, rates, tasks, seeds)
     if config.table == "gate":
-        floors = [row(name, "floor") for name in ("Majority", "Linear")]
-        specs = [{**r, "task": t, "seed": s} for s in seeds for t in tasks for r in floors] + specs
+        rows = [row(name, "floor") for name in FLOORS] + rows
+        rates |= dict.fromkeys(FLOORS, 0.0)
+    specs = common.specify(rows, rates, task_names(config), range(config.seeds))
     backbone, results, about = prepare(config)
     figure = "glue_gate" if config.table == "gate" else "runs"
     name = "rows" if config.rows else config.table
     out = Path(config.out or results.folder / f"glue_{name}.json")
     runs = finish(specs, config, backbone, results)
-    texts = [r for r in runs if r["row"] == runs[-1]["row"]]  # those of every row
+    texts = [r for r in runs if r["row"] == rows[-1]["row"]]  # those of every row
     cut = sum(sum(r["truncated"].values()) for r in texts)
     note = f"Matthews, Pearson or accuracy × 100, mean over {config.seeds} seed(s)."
     note += f" Texts cut to {runs[0]['length']} tokens: {cut} of all tasks and seeds."
