@@ -518,6 +518,9 @@ OF_RUNS = {
     "noise",  # in them
     "start",  # the row whose trained state to go on from
     "regauge",  # whether to write it in its balanced gauge first
+    "weight_decay",  # instead of the table's
+    "head",  # what the head starts from, where a script offers a choice
+    "mean",  # whether to start from the mean of the recycled adapters
 }
 
 
@@ -903,9 +906,18 @@ def adapters_for(spec: dict, names: list[str], folder: Path) -> list[Mapping]:
 
 
 def load_start(spec: dict, model: nn.Module, folder: Path) -> None:
-    """Put in place what the run that this one goes on from has trained."""
+    """Put in place what the run that this one goes on from has trained.
+
+    Of a run of PEFT's LoRA it is the adapter alone, for the layers of resora.py.
+    """
     start = {**spec["start"], "task": spec["task"], "seed": spec["seed"]}
-    file = adapter_folder(folder, start) / "state.safetensors"
+    place = adapter_folder(folder, start)
+    if start["method"] == "lora":
+        for name, (B, A) in LazyAdapter(place).items():
+            layer = model.get_submodule(name)
+            layer.B.data, layer.A.data = B, A
+        return
+    file = place / "state.safetensors"
     try:
         model.load_state_dict(load_file(file), strict=False)
     except (SafetensorError, OSError) as error:
@@ -928,12 +940,14 @@ def fit(
     *,
     mixed_precision: str,
     metric: str = "accuracy",
+    begin: Callable[[nn.Module], None] | None = None,
     **training,
 ) -> tuple[nn.Module, dict]:
     """Adapt, train and score a model as a run says: (model, result).
 
     data: the splits train, validation and test; names: of all tasks; folder: where runs leave what
-    others build on; training: what `train` takes besides.
+    others build on; begin: what to do to the adapted model before it trains; training: what
+    `train` takes besides.
     """
     transformers.set_seed(seed)
     accelerate = accelerator(mixed_precision)
@@ -946,6 +960,8 @@ def fit(
     if spec.get("regauge"):
         for layer in layers_of(model, resora.LoRALinear).values():
             layer.B.data, layer.A.data = resora.regauge(layer.B.data, layer.A.data)
+    if begin is not None:
+        begin(model)
     result = {"trainable": sum(p.numel() for p in trained.values()) - head_size}
     try:
         options = {"seed": seed, "penalty": penalty, **training}
