@@ -227,7 +227,7 @@ def draw(source: str | Path) -> Path:
     lines = [line for line in verdicts(data) if line["pooled"]]
     names = data["plan"]["sets"]
     plt = plots.plotting()
-    figure, axes = plt.subplots(figsize=(10, 0.7 * len(lines) + 1.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(10, 0.5 * len(lines) + 1.5), layout="constrained")
     colours = ("#0072B2", "#D55E00", "#009E73", "black")
     for i, line in enumerate(lines):
         parts = [estimate([line["sets"][name]], line["dependent"]) for name in names]
@@ -243,7 +243,7 @@ def draw(source: str | Path) -> Path:
     axes.axvspan(-margin, margin, color="0.92")
     axes.set_yticks(range(len(lines)), [f"{line['paper']}: {line['claim']}" for line in lines])
     axes.invert_yaxis()
-    axes.set_xlabel("points of accuracy in the direction of the claim, 95 % interval; grey: none")
+    axes.set_xlabel("points of accuracy for the claim, 95 % interval; grey: the margin")
     figure.legend(loc="outside upper center", ncols=4, frameon=False)
     return plots.save_figure(figure, source)
 
