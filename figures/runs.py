@@ -40,11 +40,6 @@ def table(data: dict) -> str:
     return f"<details><summary>Every row, by task ({where(data)})</summary>\n\n{rows}\n\n</details>"
 
 
-def scores(data: dict) -> str:
-    """Every row's mean, in a sentence."""
-    return "; ".join(f"{r['row']} {plots.percent(r)} ({r['trainable']:,})" for r in data["rows"])
-
-
 # ---------------------------------------------------------------- a dot for each row
 
 
