@@ -13,6 +13,7 @@ merge() in rounds of training and merging.
 import argparse
 import math
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -43,13 +44,14 @@ def bound(quantity: str, dtype: torch.dtype, d: int) -> float:
 def layers(d: int, r: int, seed: int, dtype: torch.dtype) -> Iterator[tuple[str, nn.Module]]:
     """(method, layer) on a d × d base in a dtype, with parameters drawn at ordinary sizes."""
     generator = torch.Generator().manual_seed(seed)
-    normal = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    normal = partial(torch.randn, generator=generator)
 
     def base() -> nn.Linear:
         """A Linear of unit gain."""
         linear = nn.Linear(d, d, dtype=dtype)
         with torch.no_grad():
-            linear.weight.copy_(normal(d, d) / d**0.5), linear.bias.copy_(normal(d))
+            linear.weight.copy_(normal(d, d) / d**0.5)
+            linear.bias.copy_(normal(d))
         return linear
 
     yield "HRA", hra.HRALinear(base(), r, "random", generator=generator)

@@ -18,7 +18,6 @@ from resora import METRICS
 
 # ---------------------------------------------------------------- what is in a file
 
-
 OLD = "; of the code before version 2"  # whose results do not name their backbone's weights
 
 
@@ -84,35 +83,19 @@ def numbered(pattern: str, values) -> dict[str, str]:
 LAMBDAS = ("0", "1e-6", "1e-5", "1e-4", "1e-3", "1e-2", "1e-1", "∞")
 HRA = {f"HRA r={r}": numbered(f"HRA r={r}, λ={{}}", LAMBDAS) for r in (8, 4, 2)}
 SIZES, FEW = (1, 2, 4, 8, 12, 16, 20), (1, 2, 3, 4)
-RANKS = {**numbered("K=16, r={}", (1, 2)), "4": "K=16", "8": "K=16, r=8"}
-SWEEPS = {  # table: [(what varies, what is measured, unit, {line: {value: row}})]
-    "hra": [
-        ("λ", "test", "the new task: score × 100", HRA),
-        ("λ", "source", "the old task, kept: score × 100", HRA),
-    ],
+BY_K = {"recycled": numbered("K={}", SIZES), "random": numbered("K={}, random", SIZES)}
+BY_RANK = {"1": "K=16, r=1", "2": "K=16, r=2", "4": "K=16", "8": "K=16, r=8"}
+BY_COUNT = {"recycled": numbered("{} recycled", FEW)}
+BY_COUNT["augmented to 20"] = numbered("{} recycled, augmented", FEW)
+BY_NOISE = {"0": "K=16", **numbered("noise {} %", (5, 15, 30, 100))}
+NEW, OLD_TASK = ("test", "the new task: score × 100"), ("source", "the old task: score × 100")
+SWEEPS = {  # table: [(what varies, (field, title), {line: {value: row}})]
+    "hra": [("λ", NEW, HRA), ("λ", OLD_TASK, HRA)],
     "eigenlorax-ablation": [
-        (
-            "K, components, at r = 4",
-            "test",
-            "score × 100",
-            {"recycled": numbered("K={}", SIZES), "random": numbered("K={}, random", SIZES)},
-        ),
-        ("r, rank, at K = 16", "test", "score × 100", {"recycled": RANKS}),
-        (
-            "n, recycled adapters, K = 4·n",
-            "test",
-            "score × 100",
-            {
-                "recycled": numbered("{} recycled", FEW),
-                "augmented to 20": numbered("{} recycled, augmented", FEW),
-            },
-        ),
-        (
-            "noise in the adapters, in % of their rms",
-            "test",
-            "score × 100",
-            {"recycled": {"0": "K=16", **numbered("noise {} %", (5, 15, 30, 100))}},
-        ),
+        ("K, components, at r = 4", NEW, BY_K),
+        ("r, rank, at K = 16", NEW, {"recycled": BY_RANK}),
+        ("n, recycled adapters, K = 4·n", NEW, BY_COUNT),
+        ("noise in the adapters, in % of their rms", NEW, {"recycled": BY_NOISE}),
     ],
 }
 BESIDE = {"hra": ("LoRA r=4", "OFT", "BOFT"), "eigenlorax-ablation": ("LoRA r=4", "VeRA")}
@@ -136,18 +119,18 @@ def draw_curves(axis, data: dict, field: str, curves: dict[str, dict[str, str]])
 
 def draw_sweeps(data: dict, panels: list[tuple], beside: tuple[str, ...]):
     """A panel for each thing that varies; rows that do not vary are horizontal lines."""
-    panels = [panel for panel in panels if panel[1] in data["runs"][0]]
+    panels = [panel for panel in panels if panel[1][0] in data["runs"][0]]
     columns, lines = min(2, len(panels)), (len(panels) + 1) // 2
-    share = "row" if len({field for _, field, *_ in panels}) == 1 else False
+    share = "row" if len({measured for _, measured, _ in panels}) == 1 else "none"
     figure, axes = plots.canvas(2.9 * lines + 0.3, lines, columns, sharey=share, squeeze=False)
     names, shades = [], colours(data)
-    for axis, (varied, field, unit, curves) in zip(axes.flat, panels, strict=True):
+    for axis, (varied, (field, title), curves) in zip(axes.flat, panels, strict=True):
         ends = draw_curves(axis, data, field, curves)
         for row in beside:
             height = 100 * plots.over_seeds(data, row, field)[0]
             axis.axhline(height, color=shades[row], linewidth=1)
             ends.append((row, height, shades[row]))
-        axis.set(xlabel=varied, title=unit)
+        axis.set(xlabel=varied, title=title)
         names.append(ends)
     for axis, ends in zip(axes.flat, names, strict=True):  # now that the limits are final
         plots.name_lines(axis, ends)
@@ -179,21 +162,23 @@ def best(scores: dict[float, float]) -> float:
     return min(scores, key=lambda value: (-scores[value], value))
 
 
+def at_edge(scores: dict[float, float]) -> bool:
+    """Whether the best value is the first or the last of those that were tried."""
+    return best(scores) in (min(scores), max(scores))
+
+
 def draw_choices(data: dict):
     """A small panel for each row: its scores, the best circled, and flagged at an edge."""
     found, columns = choices(data), 4
     lines = -(-len(found) // columns)
     figure, axes = plots.canvas(1.75 * lines + 0.6, lines, columns, sharex=True, sharey=True)
-    edges = 0
     for i, (axis, (name, scores)) in enumerate(zip(axes.flat, found.items(), strict=False)):
         x, chosen = sorted(scores), best(scores)
         shade = plots.colour(name if "validation" in data else "resora")
         axis.plot(x, [100 * scores[value] for value in x], "o-", color=shade)
         ring = {"color": "black", "markersize": 13, "fillstyle": "none", "clip_on": False}
         axis.plot(chosen, 100 * scores[chosen], "o", **ring)
-        edge = chosen in (x[0], x[-1])
-        edges += edge
-        axis.set_title(f"{name}\n{chosen:g}{' (edge)' if edge else ''}")
+        axis.set_title(f"{name}\n{chosen:g}{' (edge)' * at_edge(scores)}")
         axis.set(xscale="log")
         axis.tick_params(labelbottom=i >= len(found) - columns)
     for axis in axes.flat[len(found) :]:
@@ -201,14 +186,15 @@ def draw_choices(data: dict):
     what = "learning rate" if "validation" in data else "λ"
     figure.supxlabel(what, fontsize=10)
     figure.supylabel("validation score × 100", fontsize=10)
+    edges = sum(map(at_edge, found.values()))
     text = f"{edges} of {len(found)} chosen values are at an edge of their grid"
     plots.headline(figure, text if "weights" in data else text + OLD)
     return figure
 
 
-def at_edges(data: dict) -> str:
+def said_choices(data: dict) -> str:
     """What was chosen at an edge of its grid."""
-    edges = [name for name, s in choices(data).items() if best(s) in (min(s), max(s))]
+    edges = [name for name, scores in choices(data).items() if at_edge(scores)]
     return f"Chosen at an edge of the grid: {'; '.join(edges) or 'nothing'}."
 
 

@@ -48,13 +48,13 @@ def trained(method: str, seed: int) -> str:
     model = nn.Sequential(nn.Linear(12, 16), nn.GELU(), nn.Linear(16, 4))
     x, y = torch.randn(32, 12), torch.randn(32, 4)
     generator = torch.Generator().manual_seed(seed)
-    penalty = lambda: 0.0  # noqa: E731
+    penalties = []
     if method == "hra":
         modules = hra.adapt(model, ["0", "2"], 4, generator=generator)
-        penalty = lambda: sum(m.penalty() for m in modules.values())  # noqa: E731
+        penalties = [module.penalty for module in modules.values()]
     elif method == "resora":
         resora.adapt(model, ["0", "2"], 4, generator=generator)
-        penalty = resora.ReSoRA(model, "nonlinear", samples=8).penalty
+        penalties = [resora.ReSoRA(model, "nonlinear", samples=8).penalty]
     else:
         adapters = [
             {
@@ -67,7 +67,8 @@ def trained(method: str, seed: int) -> str:
         eigenlorax.adapt(model, subspaces, 2, generator=generator)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(20):
-        (nn.functional.mse_loss(model(x), y) + penalty()).backward()
+        loss = nn.functional.mse_loss(model(x), y)
+        (loss + sum(penalty() for penalty in penalties)).backward()
         optimizer.step()
         optimizer.zero_grad()
     digest = hashlib.sha256()
