@@ -166,8 +166,10 @@ def test_every_table_of_the_scripts_is_drawn(script, table, tmp_path):
 
 def test_the_best_value_is_the_smallest_of_equals_and_edges_are_named():
     assert runs.best({0.1: 0.5, 1.0: 0.7, 10.0: 0.7}) == 1.0
-    data = {"validation": {"LoRA": {"0.1": 0.9, "1": 0.2}, "HRA": {"0.1": 0.1, "1": 0.2, "3": 0.1}}}
-    assert runs.said_choices(data) == "Chosen at an edge of the grid: LoRA."
+    scores = {"LoRA": {"0.1": 0.9, "1": 0.2}, "HRA": {"0.1": 0.1, "1": 0.2, "3": 0.1}}
+    scores["OFT"] = {"0.1": 0.2, "1": 0.9}
+    said = runs.said_choices({"validation": scores})
+    assert said == "Chosen at an edge of the grid: LoRA; OFT."
 
 
 def test_a_difference_is_paired_by_task():
