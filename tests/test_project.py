@@ -1,4 +1,4 @@
-"""What holds for the repository as a whole: structure, claims, copied-alone files, README."""
+"""What holds for the repository as a whole: structure, claims, copied-alone files, figures."""
 
 import ast
 import importlib
@@ -191,59 +191,7 @@ def test_a_method_file_works_copied_alone(name, tmp_path):
     assert done.stdout.strip() == "alone", done.stderr[-2000:]
 
 
-# ---------------------------------------------------------------- README
-
-
-def readme() -> str:
-    return (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def test_readme_code_runs_in_order(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"^```python\n(.*?)^```", readme(), flags=re.M | re.S)
-    assert blocks
-    space = {"__name__": "readme"}
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), space)
-
-
-def test_readme_is_short_and_its_links_resolve():
-    assert len(readme().splitlines()) <= 200
-    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", readme()):
-        assert link.startswith("http") or (ROOT / link).exists(), link
-
-
-def test_readme_commands_are_make_targets():
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    commands = re.findall(r"^make (\w+)", readme(), flags=re.M)
-    assert commands[:2] == ["demo", "test"]
-    for name in commands:
-        assert re.search(rf"^{name}:", makefile, flags=re.M), name
-
-
-@pytest.mark.parametrize(
-    "part", ["table", "settings", "glue", "docs", "hra", "digits", "cifar", "vtab", "cost"]
-)
-def test_readme_numbers_are_those_of_the_committed_results(part):
-    assert getattr(importlib.import_module("figures.claims"), part)() in readme()
-
-
-def test_readme_lists_the_exercises():
-    assert importlib.import_module("tests.exercise").listing() in readme()
-
-
-def test_readme_maps_papers_to_functions_and_claims_that_exist():
-    table = readme().split("## From the papers to the code")[1].split("\n\n")[1]
-    claimed = []
-    for line in table.splitlines()[2:]:
-        _, functions, ids = (cell.strip() for cell in line.strip("|").split("|"))
-        for path in re.findall(r"`([\w.]+)`", functions):
-            module, *names = path.split(".")
-            found = importlib.import_module(module)
-            for name in names:
-                found = getattr(found, name)
-        claimed += ids.split()
-    assert sorted(claimed) == sorted(claim for name in METHODS for claim in claims(name))
+# ---------------------------------------------------------------- mutants and figures
 
 
 def test_every_claim_has_two_mutants_or_more_and_they_fit_the_files():
