@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-ROOT = Path(__file__).parents[1]
+SCRIPT = Path(__file__).parents[1] / "train_vit.py"
 RUNS = 9 * 6  # rows and tasks of the smallest table
 
 
@@ -20,14 +20,9 @@ def table(folder: Path) -> subprocess.Popen:
     """train_vit.py, as short as it gets, with runs/ in a folder and a process group of its own."""
     options = ["--seeds", "1", "--epochs", "1", "--batch-size", "100", "--jobs", "2"]
     folder.mkdir(exist_ok=True)
-    return subprocess.Popen(
-        [sys.executable, ROOT / "train_vit.py", *options],
-        cwd=folder,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    launch = [sys.executable, SCRIPT, *options]
+    return subprocess.Popen(launch, cwd=folder, start_new_session=True, **pipes)
 
 
 def finished(folder: Path) -> list[Path]:
@@ -50,39 +45,32 @@ def kill_a_worker(process: subprocess.Popen) -> None:
     workers[0].kill()
 
 
-STOPS = {  # how, and the last line that the user reads
-    "Ctrl-C": (lambda process: os.killpg(process.pid, signal.SIGINT), "interrupted: finished"),
-    "a signal": (lambda process: process.send_signal(signal.SIGINT), "interrupted: finished"),
-    "no worker": (kill_a_worker, "a worker was killed (out of memory?)"),
-    "no power": (lambda process: process.kill(), ""),
-}
-
-
-def stop(folder: Path, how: str, draw: random.Random) -> None:
-    """Start a table and stop it some runs later; what is left on disk is whole."""
-    wanted = len(finished(folder)) + draw.randint(2, 8)
-    process = table(folder)
-    while process.poll() is None and len(finished(folder)) < wanted:
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(0.05)
-    act, message = STOPS[how]
-    act(process)
-    if message:
-        _, errors = process.communicate(timeout=60)
-        last = errors.strip().splitlines()[-1]
-        assert process.returncode == 1 and last.startswith(message), errors[-2000:]
-        assert "Traceback" not in errors, errors[-2000:]
-    else:
-        process.wait()
-        process.stderr.close()
-    for file in finished(folder):
-        json.loads(file.read_text())
+STOPS = [  # how, and the last line that the user reads
+    (lambda process: os.killpg(process.pid, signal.SIGINT), "interrupted: finished"),  # Ctrl-C
+    (lambda process: process.send_signal(signal.SIGINT), "interrupted: finished"),
+    (kill_a_worker, "a worker was killed (out of memory?)"),
+    (lambda process: process.kill(), None),  # as without power
+]
 
 
 @pytest.mark.slow
 def test_a_table_stopped_in_every_way_ends_as_an_uninterrupted_one(tmp_path):
-    wanted, draw = whole(tmp_path / "whole"), random.Random(0)
-    for how in STOPS:
-        stop(tmp_path / "stopped", how, draw)
-    assert 8 <= len(finished(tmp_path / "stopped")) < RUNS
-    assert whole(tmp_path / "stopped") == wanted
+    wanted, draw, folder = whole(tmp_path / "whole"), random.Random(0), tmp_path / "stopped"
+    for stop, message in STOPS:
+        count = len(finished(folder)) + draw.randint(2, 8)
+        process = table(folder)
+        while process.poll() is None and len(finished(folder)) < count:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(0.05)
+        stop(process)
+        if message:
+            _, errors = process.communicate(timeout=60)
+            assert process.returncode == 1 and "Traceback" not in errors, errors[-2000:]
+            assert errors.strip().splitlines()[-1].startswith(message), errors[-2000:]
+        else:
+            process.wait()  # its workers have its pipe: they end with the run in hand
+            process.stderr.close()
+        for file in finished(folder):
+            json.loads(file.read_text())  # what is left on disk is whole
+    assert 8 <= len(finished(folder)) < RUNS
+    assert whole(folder) == wanted
