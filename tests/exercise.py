@@ -3,11 +3,8 @@
 python -m tests.exercise                list the exercises of each method, from easy to hard
 python -m tests.exercise NAME           write exercises/NAME/: the file to complete and its tests
 python -m tests.exercise NAME --check   run the function's example, then the tests of its claims
-    --folder FOLDER   another place than exercises/
-    --force           write over an exercise that is there
 """
 
-import argparse
 import ast
 import json
 import os
@@ -158,11 +155,11 @@ def lay_out(place: Path, method: str, text: str) -> Path:
     return place / f"{method}.py"
 
 
-def write(name: str, folder: Path, force: bool = False) -> Path:
-    """Write folder/NAME/, return the path of METHOD.py. ValueError if it is there, unless force."""
-    place = folder / name
-    if place.exists() and not force:
-        raise ValueError(f"found {place}; want a new place (--folder) or --force to overwrite")
+def write(name: str) -> Path:
+    """Write exercises/NAME/, return the path of METHOD.py. ValueError if it is there already."""
+    place = Path("exercises", name)
+    if place.exists():
+        raise ValueError(f"found {place}; want to write it anew: move it away first")
     return lay_out(place, name.partition(".")[0], emptied(name))
 
 
@@ -238,38 +235,28 @@ def report(name: str, found: dict[str, str]) -> str:
     return "\n".join([*lines, f"{held} of {len(found)} hold"])
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     """List, write or check."""
     sys.stdout.reconfigure(errors="spelled")  # a terminal need not know the papers' letters
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.exercise",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("name", nargs="?", metavar="NAME")
-    parser.add_argument("--check", action="store_true")
-    parser.add_argument("--folder", type=Path, default=Path("exercises"))
-    parser.add_argument("--force", action="store_true")
-    options = parser.parse_args()
-    name = options.name
-    if name is None:
+    if not arguments:
         print(table())
         return
-    if name not in EXERCISES:
-        raise ValueError(f"NAME: found {name!r}; want one of {', '.join(EXERCISES)}")
+    name, *rest = arguments
+    if name not in EXERCISES or rest not in ([], ["--check"]):
+        found = " ".join(arguments)
+        raise ValueError(f"found {found!r}; want NAME or NAME --check of {', '.join(EXERCISES)}")
     method, _, function = name.partition(".")
-    if options.check:
-        found = check(name, options.folder / name / f"{method}.py")
+    if rest:
+        found = check(name, Path("exercises", name, f"{method}.py"))
         print(report(name, found))
         sys.exit(any(found.values()))
-    file = write(name, options.folder, options.force)
     e = EXERCISES[name]
-    print(f"{file}: write the body of {function} ({e.source}, about {e.minutes} minutes).")
+    print(f"{write(name)}: write the body of {function} ({e.source}, about {e.minutes} minutes).")
     print(f"Hint: {e.hint}\nThen: python -m tests.exercise {name} --check")
 
 
 if __name__ == "__main__":
     try:
-        main()
+        main(sys.argv[1:])
     except ValueError as error:
         sys.exit(f"exercise: {error}")
