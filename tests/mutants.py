@@ -4,22 +4,13 @@ A mutant is a plausible slip: a sign, a factor, a transpose, one too many, a los
 wrong function put in the place of the right one before the tests import it, or, where that cannot
 say it, an edit of the method file's text in memory. The claim's own test must then fail, and with
 an assertion. The last line is KILLED/ALL.
-
---generic [N] also makes edits by rule, all of them (hours) or N drawn with a fixed seed, and lists
-those that the method's claims, layer tests and doctests let live: for a person to judge, as some
-are equal to the original.
 """
 
-import argparse
-import ast
 import json
 import os
-import random
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from types import ModuleType
 
 import hypothesis
@@ -225,7 +216,6 @@ MUTANTS: dict[str, list[Change]] = {
     ],
 }
 METHOD = {name[0].upper(): name for name in METHODS}
-Edit = tuple[int, int, str]  # from, to (characters of the text), and what stands there instead
 
 
 def mutated(method: str, change: Change) -> ModuleType:
@@ -249,7 +239,7 @@ def mutated(method: str, change: Change) -> ModuleType:
 def inside(method: str, change: Change, *tests: str) -> int:
     """pytest's exit code, in a process of its own, where the method's module is the mutant."""
     sys.modules[method] = mutated(method, change)
-    phases = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
+    phases = hypothesis.Phase.explicit, hypothesis.Phase.generate
     options = dict(deadline=None, derandomize=True, max_examples=50, phases=phases)
     hypothesis.settings.register_profile("mutants", report_multiple_bugs=False, **options)
     return pytest.main(["-q", "-x", "--tb=line", "--hypothesis-profile=mutants", *tests])
@@ -261,21 +251,19 @@ INSIDE = (
 
 
 def tested(method: str, change: Change, *tests: str) -> str:
-    """ "" if these tests pass on the mutant, else the line in which pytest says what failed."""
+    """The empty text if these tests pass on the mutant, else what pytest says of the failed one."""
     done = subprocess.run(
         [sys.executable, "-c", INSIDE],
         input=json.dumps([method, change, *tests]),
         cwd=ROOT,
-        env={
-            **os.environ,
-            "CI": "1",
-            "PYTHONUTF8": "1",
-        },  # CI also keeps pytest from cutting its lines
+        env={**os.environ, "CI": "1", "PYTHONUTF8": "1"},  # with CI pytest cuts no line
         capture_output=True,
         encoding="utf-8",
     )
+    if done.returncode == 0:
+        return ""
     failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    return "" if done.returncode == 0 else (failed or [(done.stdout + done.stderr)[-500:]])[0]
+    return failed[0] if failed else (done.stdout + done.stderr)[-500:]
 
 
 def verdict(claim: str, change: Change) -> tuple[bool, str]:
@@ -284,130 +272,28 @@ def verdict(claim: str, change: Change) -> tuple[bool, str]:
     failed = tested(method, change, f"tests/test_{method}.py", "-k", f"test_{claim}_")
     reason = failed.partition(" - ")[2] or failed
     dead = reason.startswith(("assert", "AssertionError", "Failed: DID NOT RAISE"))
+    fate = "killed" if dead else "not killed" if failed else "survived"
     shown = change if isinstance(change, str) else " -> ".join(map(repr, change))
-    fate = "killed  " if dead else "not killed  " if failed else "survived  "
-    return dead, f"{claim:4}{fate}{shown}  [{reason.removeprefix('AssertionError: ')}]"
-
-
-SWAPPED = {"triu": "tril", "tril": "triu", "max": "min", "min": "max", "amax": "amin"}
-COMPARED = {ast.Lt: ("<", "<="), ast.LtE: ("<=", "<"), ast.Gt: (">", ">="), ast.GtE: (">=", ">")}
-
-
-def generic(text: str) -> list[Edit]:
-    """Edits of a module's code by rule: signs, transposes, terms, constants, factors, names, <."""
-    starts = [0]
-    for line in text.split("\n"):
-        starts.append(starts[-1] + len(line) + 1)
-
-    def place(line: int, column: int) -> int:
-        """Characters, where ast counts the bytes of a line."""
-        start, end = starts[line - 1 : line + 1]
-        return start + len(text[start:end].encode()[:column].decode())
-
-    def span(node: ast.AST) -> tuple[int, int]:
-        return place(node.lineno, node.col_offset), place(node.end_lineno, node.end_col_offset)
-
-    def source(node: ast.AST) -> str:
-        return text[slice(*span(node))]
-
-    def operator(left: ast.AST, right: ast.AST, old: str, new: str) -> Edit:
-        at = text.index(old, span(left)[1], span(right)[0])
-        return at, at + len(old), new
-
-    def edits(node: ast.AST, parent: ast.AST) -> Iterator[Edit]:
-        start, end = span(node) if hasattr(node, "col_offset") else (0, 0)
-        match node:
-            case ast.BinOp(left, ast.Add() | ast.Sub() as op, right):
-                plus = isinstance(op, ast.Add)
-                yield operator(left, right, *("+-" if plus else "-+"))
-                yield start, end, f"({source(left)})"
-                yield start, end, f"({'' if plus else '-'}({source(right)}))"
-            case ast.BinOp(left, ast.MatMult(), right):
-                for side in (left, right):
-                    if isinstance(side, ast.Name):
-                        yield span(side)[1], span(side)[1], ".mT"
-            case ast.UnaryOp(op=ast.USub()):
-                yield start, start + 1, ""
-            case ast.Attribute(attr="T" | "mT"):
-                yield text.rindex(".", start, end), end, ""
-            case ast.Attribute(attr=name) if name in SWAPPED:
-                yield end - len(name), end, SWAPPED[name]
-            case ast.Name(id=name) | ast.keyword(arg=name) if name in SWAPPED:
-                yield start, start + len(name), SWAPPED[name]
-            case ast.Constant(value=int() as value) if not isinstance(value, bool):
-                yield start, end, str(value + 1)
-                if value == 2 and isinstance(parent, ast.BinOp):
-                    yield start, end, "1"
-            case ast.Constant(value=0.5):
-                yield start, end, "1.0"
-            case ast.Compare(left, operators, rights):
-                for sides, op in zip(pairwise([left, *rights]), operators, strict=True):
-                    if type(op) in COMPARED:
-                        yield operator(*sides, *COMPARED[type(op)])
-
-    found, queue = [], [(ast.parse(text), None)]
-    for node, parent in queue:  # which grows
-        found += edits(node, parent)
-        children = () if isinstance(node, ast.JoinedStr) else ast.iter_child_nodes(node)
-        queue += [(child, node) for child in children]
-    return sorted(found)
-
-
-def shown(name: str, text: str, edit: Edit) -> str:
-    """file:line, the old and the new text of the lines that an edit changes."""
-    start, end, new = edit
-    first, last = text.rfind("\n", 0, start) + 1, text.find("\n", end)
-    old, new = text[first:last].strip(), (text[first:start] + new + text[end:last]).strip()
-    return f"{name}.py:{text.count(chr(10), 0, start) + 1}: {old!r} -> {new!r}"
-
-
-def survivors(sample: int, pool: ThreadPoolExecutor) -> None:
-    """Print the edits by rule that live, of `sample` drawn ones or, for 0, of all."""
-    texts = {name: (ROOT / f"{name}.py").read_text(encoding="utf-8") for name in METHODS}
-    edits = [(name, edit) for name, text in texts.items() for edit in generic(text)]
-    drawn = random.Random(0).sample(edits, min(sample, len(edits))) if sample else edits
-
-    def alive(name: str, edit: Edit) -> bool:
-        start, end, new = edit
-        whole = (texts[name], texts[name][:start] + new + texts[name][end:])
-        files = [str(file) for file in (ROOT / "tests").glob(f"test_{name}*.py")]
-        return not tested(name, whole, *files, f"{name}.py")
-
-    lived = 0
-    for (name, edit), lives in zip(drawn, pool.map(alive, *zip(*drawn, strict=True)), strict=True):
-        if lives:
-            lived += 1
-            print("survived", shown(name, texts[name], edit), flush=True)
-    print(f"by rule: {lived} of {len(drawn)} survived, {len(edits)} in all")
+    return dead, f"{claim:4}{fate}  {shown}  [{reason.removeprefix('AssertionError: ')}]"
 
 
 def main() -> None:
     """Run all mutants, or those of the claims named on the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.mutants",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("claims", nargs="*", metavar="CLAIM")
-    parser.add_argument("--generic", nargs="?", type=int, const=0, metavar="N")
-    options = parser.parse_args()
-    unknown = set(options.claims) - set(MUTANTS)
+    claims = sys.argv[1:] or [*MUTANTS]
+    unknown = set(claims) - set(MUTANTS)
     if unknown:
-        parser.error(f"found {', '.join(sorted(unknown))}; want claims such as H1")
-    chosen = [(c, m) for c in options.claims or MUTANTS for m in MUTANTS[c]]
-    methods = sorted({METHOD[claim[0]] for claim, _ in chosen})
+        sys.exit(f"found {', '.join(sorted(unknown))}; want claims such as H1")
     sys.stdout.reconfigure(errors="backslashreplace")
+    for method in sorted({METHOD[claim[0]] for claim in claims}):
+        failed = tested(method, "__file__ = was", f"tests/test_{method}.py")
+        if failed:
+            sys.exit(f"{method}.py fails as it is: {failed}")
+    chosen = [(claim, change) for claim in claims for change in MUTANTS[claim]]
     dead = 0
     with ThreadPoolExecutor(2) as pool:
-        for method in methods:
-            failed = tested(method, "__file__ = was", f"tests/test_{method}.py")
-            if failed:
-                sys.exit(f"{method}.py fails as it is: {failed}")
         for killed, line in pool.map(verdict, *zip(*chosen, strict=True)):
             dead += killed
             print(line, flush=True)
-        if options.generic is not None:
-            survivors(options.generic, pool)
     print(f"{dead}/{len(chosen)}")
     sys.exit(dead != len(chosen))
 
