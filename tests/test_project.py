@@ -31,7 +31,7 @@ def tracked() -> list[str]:
 
 def test_the_files_are_those_of_the_layout():
     allowed = re.compile(
-        r"(hra|resora|eigenlorax|common|train_vit|train_glue)\.py|tests/\w+\.py"
+        r"(hra|resora|eigenlorax|common|train_vit|train_glue)\.py|tests/(\w+\.py|survivors\.md)"
         r"|figures/\w+\.(py|json|png|md)|README\.md|pyproject\.toml|Makefile|LICENSE"
         r"|CITATION\.cff|\.gitignore|\.ci/run"
     )
@@ -96,22 +96,16 @@ def test_public_things_have_docstrings(name):
     classes = [node for node in outer if isinstance(node, ast.ClassDef)]
     for node in [*outer, *(inner for each in classes for inner in each.body)]:
         if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
-            simple = any(
-                isinstance(d, ast.Name) and d.id == "property" for d in node.decorator_list
-            )
-            inner = node.name in ("forward", "record", "add", "rate")
-            assert ast.get_docstring(node) or inner or simple, f"{name}.{node.name}"
+            documented = ast.get_docstring(node) or node.name == "forward"
+            assert documented, f"{name}.{node.name}"
 
 
-def test_ruff_has_nothing_to_say():
-    for arguments in (["check"], ["format", "--check"]):
-        done = subprocess.run(
-            [sys.executable, "-m", "ruff", *arguments, "--no-cache", "."],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stdout
+@pytest.mark.parametrize("arguments", [["check"], ["format", "--check"]], ids=" ".join)
+def test_ruff_has_nothing_to_say(arguments):
+    pytest.importorskip("ruff", reason="ruff is not installed")
+    launch = [sys.executable, "-m", "ruff", *arguments, "--no-cache", "."]
+    done = subprocess.run(launch, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 # ---------------------------------------------------------------- claims
@@ -133,8 +127,8 @@ ALONE = """
 
     class Guard(importlib.abc.MetaPathFinder):
         def find_spec(self, name, path=None, target=None):
-            if name.partition(".")[0] in ({others}):
-                raise ImportError(f"{name} is imported")
+            if name.partition(".")[0] in {others}:
+                raise ImportError(name + " is imported")
 
     sys.meta_path.insert(0, Guard())
     import torch
@@ -145,7 +139,7 @@ ALONE = """
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
     model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-    plain, x = nn.Sequential(model), torch.randn(2, 3, 16)
+    x = torch.randn(2, 3, 16)
     {adapt}
     for p in model.parameters():
         if p.requires_grad:
@@ -173,21 +167,11 @@ ADAPT = {
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_file_works_copied_alone(name, tmp_path):
     (tmp_path / f"{name}.py").write_text(source(name), encoding="utf-8")
-    others = {
-        "common",
-        "train_vit",
-        "transformers",
-        "peft",
-        "accelerate",
-        "datasets",
-        "safetensors",
-    }
-    others |= {"numpy", "matplotlib", "sklearn", *METHODS} - {name, "numpy"}
-    text = textwrap.dedent(ALONE).replace("{others}", repr(sorted(others))[1:-1])
-    text = text.replace("{name} as", f"{name} as").replace("{adapt}", ADAPT[name])
-    done = subprocess.run(
-        [sys.executable, "-c", text], cwd=tmp_path, capture_output=True, text=True
-    )
+    others = "common train_vit transformers peft accelerate datasets safetensors matplotlib sklearn"
+    others = sorted({*others.split(), *METHODS} - {name})
+    text = textwrap.dedent(ALONE).format(others=others, name=name, adapt=ADAPT[name])
+    launch = [sys.executable, "-c", text]
+    done = subprocess.run(launch, cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.strip() == "alone", done.stderr[-2000:]
 
 
