@@ -470,6 +470,14 @@ def test_methods_train_their_own_numbers_and_the_head(whole, name):
         assert p.requires_grad != torch.equal(p, before[key]), key
 
 
+def test_options_reach_the_layers():
+    model, _ = common.build(tiny_vit(), row("", "lora", rank=3, init_lora_weights="pissa"))
+    config = model.peft_config["default"]
+    assert (config.r, config.lora_alpha, config.init_lora_weights) == (3, 3, "pissa")
+    model, _ = common.build(tiny_vit(), row("", "hra", rank=2, strict=True))
+    assert all(layer.strict for layer in common.layers_of(model, hra.HRALinear).values())
+
+
 def test_every_method_has_a_test_and_a_colour_of_its_own():
     assert {name.partition(" ")[0] for name in SIZES} | {"full"} == set(common.METHODS)
     assert len({method.colour for method in common.METHODS.values()}) == len(common.METHODS)
@@ -498,15 +506,15 @@ def ether(model: nn.Module, targets: list[str], rank: int):
 def test_a_method_of_ones_own_is_one_entry(monkeypatch, tmp_path):
     entry = common.Method("ETHER", ether, 1e-2, "#123456", {"rank": 2})
     monkeypatch.setitem(common.METHODS, "ether", entry)
-    config = train_vit.complete(train_vit.Config(rows=("lora", "ether", "eigenlorax"), jobs=1))
+    config = train_vit.complete(train_vit.Config(rows=("ether", "eigenlorax", "lora"), jobs=1))
     rows, rates = train_vit.rows_and_rates(config)
-    assert [r["row"] for r in rows] == ["LoRA r=4", "ETHER", "EigenLoRAx"]
+    assert [r["row"] for r in rows] == ["ETHER", "LoRA r=4", "EigenLoRAx"]
     assert rates["ETHER"] == 1e-2
     assert train_vit.rows_and_rates(replace(config, lr="ETHER=0.5"))[1]["ETHER"] == 0.5
     preset = {"HRA r=8, λ=0": 0.7}  # a method's rate is that of the first row named like it
     one = replace(config, rows=("hra",))
     assert common.rows_and_rates(one, [], train_vit.LORA, preset)[1]["HRA"] == 0.7
-    model, _ = common.build(tiny_vit(), rows[1])
+    model, _ = common.build(tiny_vit(), rows[0])
     assert len(common.layers_of(model, hra.HRALinear)) == 4
     result = {"trainable": 7, "losses": [1.0], "validation": 0.5, "test": 0.5}
     runs = [{**spec, **result} for spec in common.specify(rows, rates, ["a", "b"], [0])]
