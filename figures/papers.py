@@ -1,11 +1,11 @@
-"""The papers' numbers that need no weights, data or GPU, recomputed: papers.md from papers.json.
+"""The papers' numbers that need no weights, data or GPU, recomputed: counts.md from papers.json.
 
-python figures/papers.py             write papers.md from papers.json
+python figures/papers.py             write counts.md from papers.json
 python figures/papers.py --measure   first fill in papers.json: half a minute
 
-papers.json holds the cells and the errata. A cell's "how", one line of Python on the names below,
-gives "ours" and "verdict"; the rest of it is written by hand. Models are built from configurations
-on the meta device: shapes and operations, no weights.
+A cell's "how", one line of Python on the names below, gives "ours" and "verdict"; the rest of it is
+written by hand, as are papers.md, what of each paper is here, and errata.md. Models are built from
+configurations on the meta device: shapes and operations, no weights.
 """
 
 import math
@@ -260,14 +260,14 @@ def verdict(printed: str, ours) -> str:
 
 
 def measure(data: dict) -> dict:
-    """The same cells and errata, with ours and verdict as they are today."""
+    """The same cells, with ours and verdict as they are today."""
     cells = []
     for cell in data["cells"]:
         ours = eval(cell["how"], globals())
         if isinstance(ours, float | list):
             ours = [round(x, 6) for x in ours] if isinstance(ours, list) else round(ours, 6)
         cells.append(cell | {"ours": ours, "verdict": verdict(cell["paper"], ours)})
-    return data | {"cells": cells}
+    return {"cells": cells}
 
 
 def shown(value) -> str:
@@ -281,7 +281,8 @@ TOP = """\
 # The papers' numbers, recomputed
 
 {0} cells: {1}.
-Written by `python figures/papers.py` from [papers.json](papers.json).
+Written by `python figures/papers.py` from [papers.json](papers.json). Where the papers' words
+differ: [errata.md](errata.md).
 
 - **ours** is the value of the line of Python beside it, which runs as it stands, in the
   repository's root: `python -c "from figures.papers import *; print(trained(lora(vit(), 1)))"`.
@@ -294,42 +295,38 @@ Written by `python figures/papers.py` from [papers.json](papers.json).
   meta device; FLOPs are `torch.utils.flop_counter`'s, and what a table needs beyond them is said.
   "By hand" and "by formula" mark the rest.
 """
-AUTHORS = """\
-## Errata and ambiguities
+HEAD = "| where | what | paper | ours | verdict | how | why |\n|---|---|---:|---:|---|---|---|"
 
-Where a paper, its appendix and its released code disagree, which reading this repository takes, and
-the test that pins it. Files are of the authors' repositories, per our reading of the code at commit
-67a6ae3 (EigenLoRAx; its ImageClassification at 2b667c2) and 8e0c637 (HRA).
-"""
+
+def row(cell: dict) -> str:
+    """A cell as a line of a Markdown table."""
+    how = "" if cell["how"] == "None" else f"`{cell['how']}`"
+    fields = [cell["where"], cell["what"], cell["paper"], shown(cell["ours"]), cell["verdict"]]
+    return f"| {' | '.join([*fields, how, cell['why']])} |"
 
 
 def page(data: dict) -> str:
-    """papers.md."""
-    count = Counter(cell["verdict"] for cell in data["cells"])
-    order = ("equal", "not equal", "not reproducible", "not printed")
-    lines = [TOP.format(len(data["cells"]), ", ".join(f"{count[v]} {v}" for v in order))]
-    head = "| where | what | paper | ours | verdict | how | why |\n|---|---|---:|---:|---|---|---|"
-    for section in dict.fromkeys(cell["section"] for cell in data["cells"]):
-        lines.append(f"## {section}\n\n{head}")
-        for cell in (c for c in data["cells"] if c["section"] == section):
-            how = f"`{cell['how']}`" if cell["how"] != "None" else ""
-            fields = cell["where"], cell["what"], cell["paper"], shown(cell["ours"])
-            lines.append("| " + " | ".join([*fields, cell["verdict"], how, cell["why"]]) + " |")
-        lines.append("")
-    lines.append(AUTHORS)
-    for method in dict.fromkeys(erratum["method"] for erratum in data["errata"]):
-        lines.append(f"### {method}\n\n| where | what | we take | test |\n|---|---|---|---|")
-        for e in (e for e in data["errata"] if e["method"] == method):
-            tests = re.sub(r"test_\w+", r"`\g<0>`", e["test"])
-            lines.append(f"| {e['where']} | {e['what']} | {e['reading']} | {tests} |")
-        lines.append("")
-    return "\n".join(lines).rstrip() + "\n"
+    """counts.md: the mismatches of all sections first, then the other cells of each."""
+    cells = data["cells"]
+    count = Counter(cell["verdict"] for cell in cells)
+    order = ("not equal", "equal", "not reproducible", "not printed")
+    parts = [TOP.format(len(cells), ", ".join(f"{count[v]} {v}" for v in order))]
+    sections = dict.fromkeys(cell["section"] for cell in cells)
+    for title, mismatch in (("What differs", True), ("What is equal, or open", False)):
+        parts.append(f"## {title}\n")
+        for section in sections:
+            mine = [cell for cell in cells if cell["section"] == section]
+            lines = [row(cell) for cell in mine if (cell["verdict"] == "not equal") == mismatch]
+            if lines:
+                parts.append("\n".join([f"### {section}\n", HEAD, *lines, ""]))
+    return "\n".join(parts)
 
 
 if __name__ == "__main__":
     source = Path(__file__).with_suffix(".json")
     if "--measure" in sys.argv[1:]:
         common.write_json(source, measure(common.read_json(source)))
-    with common.replacing(source.with_suffix(".md")) as temporary:
+    target = source.with_name("counts.md")
+    with common.replacing(target) as temporary:
         temporary.write_text(page(common.read_json(source)), encoding="utf-8")
-    print(source.with_suffix(".md"))
+    print(target)
