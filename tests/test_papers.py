@@ -185,9 +185,10 @@ def test_what_holds_in_the_place_of_theorem_3_6():
     even = np.eye(2)
     skewed = np.linalg.cholesky([[0.01, 0.0999], [0.0999, 1.0]]).T  # steep across the subspace
     flat = np.array([*[[1.0, 0.0]] * 999, [1e-3, 1.0]])  # the sample hardly knows α
-    for X, sample, tight in ((even, 2, ("a", "c", "best")), (skewed, 2, "d"), (flat, 1, "e")):
+    tight = {"a c best": (even, 2), "d together": (skewed, 2), "e together": (flat, 1)}
+    for parts, (X, sample) in tight.items():
         found = sides(X, stack, C, 1, sample)
-        for part in tight:
+        for part in parts.split():
             left, right = found[part]
             assert 0.9 * right < left <= right * (1 + 1000 * np.finfo(float).eps), part
 
