@@ -376,9 +376,9 @@ def sheet(rows: list[list[str]]) -> Tensor:
 
 
 def show(axis, rows: list[list[str]], title: str, shade: str = "black") -> None:
-    """A sheet of pictures under its title."""
-    axis.imshow(sheet(rows), cmap="gray", vmin=0, vmax=1)
-    axis.set_title(title, fontsize=10, loc="left", pad=3, color=shade)
+    """Four digits a row, 2 to 5, under a title."""
+    axis.imshow(sheet([row[2:6] for row in rows]), cmap="gray", vmin=0, vmax=1)
+    axis.set_title(title, pad=2, color=shade)
     axis.axis("off")
 
 
@@ -386,44 +386,47 @@ def draw(source: str | Path) -> Path:
     """Draw the figure beside its JSON; returns the path of the PNG."""
     data = common.read_json(source)
     pictures, shares = data["pictures"], data["shares"]
-    figure = plots.plotting().figure(figsize=(8.3, 9.2), layout="constrained")
-    grid, below, charts = figure.subfigures(3, 1, height_ratios=(4.6, 1.7, 2.4))
+    figure = plots.plotting().figure(figsize=(plots.WIDTH, 9.6), layout="constrained")
+    grid, below, charts = figure.subfigures(3, 1, height_ratios=(5, 1.8, 2.6))
 
-    grid.suptitle(f"Above 20 LoRAs, below one EigenLoRAx with K = {SHOWN}; the same noise")
+    title = "Illustration, nothing pretrained: 20 LoRAs above, "
+    plots.headline(grid, title + f"{SHOWN} components of all below (red: lost)")
     failures = lost(data)
     for axis, style in zip(grid.subplots(4, 5).flat, pictures["LoRA"], strict=True):
-        rows = [pictures[row][style][2:7] for row in ("LoRA", f"K={SHOWN}")]
+        rows = [pictures["LoRA"][style], pictures[f"K={SHOWN}"][style]]
         show(axis, rows, style, "tab:red" if style in failures else "black")
 
-    below.suptitle("Held out: LoRA above, coefficients of the other styles' components below")
+    plots.headline(below, "Held out: its LoRA above; below, coefficients of the others' components")
     held_out = pictures["coefficients"]
     for axis, style in zip(below.subplots(1, len(held_out)), held_out, strict=True):
-        show(axis, [pictures["LoRA"][style][2:7], held_out[style][2:7]], style)
+        show(axis, [pictures["LoRA"][style], held_out[style]], style)
 
-    bytes_axis, layers_axis, half_axis = charts.subplots(1, 3)
-    colours = {key: method.colour for key, method in common.METHODS.items()}
-    names = list(data["plan"]["components"])
-    size = [data["bytes"][name] / 1e6 for name in names]
+    size_axis, layers_axis, half_axis = charts.subplots(1, 3)
+    blue, green, red = (common.METHODS[key].colour for key in ("lora", "eigenlorax", "hra"))
+    names = [*data["plan"]["components"], "LoRA"]
+    size = [data["bytes"][name] / 1e3 for name in names]
     right = [percent(shares[name]) for name in names]
-    bytes_axis.plot(size, right, "o-", color=colours["eigenlorax"])
+    size_axis.plot(size[:-1], right[:-1], "o-", color=green)
+    size_axis.plot(size[-1], right[-1], "o", color=blue)
     for name, x, y in zip(names, size, right, strict=True):
-        bytes_axis.annotate(name, (x, y), (4, -10), textcoords="offset points")
-    bytes_axis.plot(
-        data["bytes"]["LoRA"] / 1e6, percent(shares["LoRA"]), "s", color=colours["lora"]
-    )
-    bytes_axis.set(xlabel="megabytes for 20 styles", ylabel="drawn right, %", ylim=(0, 105))
+        size_axis.annotate(name, (x, y), (5, -14), textcoords="offset points")
+    size_axis.set(xlabel="kB for 20 styles", ylabel="drawn right, %", ylim=(0, 105))
+    size_axis.set(xlim=(0, 1.3 * size[-1]), title="Pictures against bytes")
 
-    error = data["error"][f"K={SHOWN}"]
-    layers_axis.plot(list(error.values()), "o-", color=colours["eigenlorax"])
+    layers_axis.plot([*data["error"][f"K={SHOWN}"].values()], "o-", color=green)
     layers_axis.set(xlabel="layer, from input to output", ylabel="‖ΔW lost‖ / ‖ΔW‖", ylim=(0, 1))
+    layers_axis.set(title=f"What K = {SHOWN} loses")
 
-    for method, key in (("LoRA", "lora"), ("HRA", "hra")):
-        found = shares[f"{method}, 0 to 4"].values()
-        kept = [100 * share["digit"] for share in found]
-        gained = [100 * share["style"] for share in found]
-        half_axis.plot(kept, gained, "o", color=colours[key], label=method)
-    half_axis.set(xlabel="digits kept, %", ylabel="style gained, %", xlim=(0, 105), ylim=(0, 105))
-    half_axis.legend()
+    for style in data["plan"]["half_seen"]:
+        pair = [shares[f"{method}, 0 to 4"][style] for method in ("LoRA", "HRA")]
+        kept, gained = ([100 * share[kind] for share in pair] for kind in ("digit", "style"))
+        half_axis.plot(kept, gained, color="0.8")
+        half_axis.plot(kept[0], gained[0], "o", color=blue)
+        half_axis.plot(kept[1], gained[1], "o", color=red)
+    half_axis.text(0.05, 0.18, "LoRA", color=blue, transform=half_axis.transAxes)
+    half_axis.text(0.05, 0.06, "HRA, same style", color=red, transform=half_axis.transAxes)
+    half_axis.set(xlabel="unseen digits kept, %", xlim=(0, 105), ylim=(0, 105))
+    half_axis.set(ylabel="style gained, %", title="Trained on 0–4, asked for 5–9")
     return plots.save_figure(figure, source)
 
 

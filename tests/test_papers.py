@@ -221,7 +221,7 @@ def test_the_commands_of_the_contents_are_understood():
 
 
 def test_the_variance_that_components_of_real_adapters_hold():
-    data = common.read_json(FIGURES / "eigenlorax_vtab.json")
+    data = common.read_json(FIGURES / "adapters.json")
     needed, seen, left_out = [], [], []
     for side in "AB":
         ks, real = data["sides"][side]["ks"], data["sides"][side]["real"]
