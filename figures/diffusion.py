@@ -459,7 +459,8 @@ def said(data: Mapping) -> str:
         f" the others' components draw {percent(held_out):.0f} % right, their own LoRAs"
         f" {percent(same):.0f} %. Trained in a style on the digits 0 to 4 and asked for 5 to 9,"
         f" LoRA keeps {kept['LoRA']:.0f} % of the digits and gains {gained['LoRA']:.0f} % of the"
-        f" style; HRA keeps {kept['HRA']:.0f} % and gains {gained['HRA']:.0f} %."
+        f" style; HRA keeps {kept['HRA']:.0f} % and gains {gained['HRA']:.0f} %"
+        f" (n = {len(data['plan']['half_seen'])} styles, one seed)."
     )
 
 
