@@ -29,7 +29,7 @@ mutants: .venv/installed
 	$(BIN)/python -m tests.mutants
 
 bench: .venv/installed
-	$(BIN)/python figures/scoreboard.py --measure
+	$(BIN)/python -m figures.costs --measure --out runs/costs.json
 
 lint: .venv/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

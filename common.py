@@ -1151,10 +1151,13 @@ def stated(config) -> dict:
 
 
 def report(config, out: Path, runs: list[dict], figure: str, note: str, **about) -> None:
-    """Print a table and its note, write its JSON and draw its figure, figures/FIGURE.py."""
+    """Print a table and its note, write its JSON and draw its figure.
+
+    The figure's script is figures/FIGURE.py, or where there is none figures/runs.py.
+    """
     from figures import plots
 
-    draws = import_module(f"figures.{figure}")
+    draws = import_module(f"figures.{plots.script(figure)}")
     setting = {"config": stated(config), "environment": environment(), **about}
     data = {**setting, "rows": plots.summary(runs), "runs": runs}
     write_json(out, data)

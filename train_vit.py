@@ -719,7 +719,7 @@ def compare(config: Config) -> None:
     backbone, results = prepare(config)
     figure = TABLES[config.table][1]
     if config.rows or config.data != "digits":
-        figure = "plots"
+        figure = "runs"
     name = "vit_rows" if config.rows else figure
     out = Path(config.out or results.folder / f"{name}.json")
     note = f"Accuracy in per cent on the test split, mean over {config.seeds} seed(s)."
@@ -736,7 +736,8 @@ def tune(config: Config) -> None:
     rows = [r for table, _ in TABLES.values() for r in table(config)]
     make = functools.partial(finish, config=config, backbone=backbone, results=results)
     rates = LEARNING_RATES[preset(config)]
-    common.tune(config, out, rows, rates, GRID, task_names(config), make)
+    weights = common.hash_of(backbone)
+    common.tune(config, out, rows, rates, GRID, task_names(config), make, weights=weights)
 
 
 # The table of claims: what to choose for each row, one option after the other, and then the runs.

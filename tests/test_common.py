@@ -24,6 +24,7 @@ import train_glue
 import train_vit
 from common import row
 from figures import plots
+from figures import runs as tables
 
 ROOT = Path(__file__).parents[1]
 TINY = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
@@ -521,7 +522,7 @@ def test_a_method_of_ones_own_is_one_entry(monkeypatch, tmp_path):
     data = {"config": {"data": "x"}, "rows": plots.summary(runs), "runs": runs}
     assert "| ETHER" in plots.as_table(data["rows"])
     (tmp_path / "a.json").write_text(json.dumps(data))
-    assert plots.draw(tmp_path / "a.json").exists()
+    assert tables.draw(tmp_path / "a.json").exists()
 
 
 # ---------------------------------------------------------------- the command line
@@ -589,7 +590,7 @@ def test_without_the_libraries_one_line_names_the_extra():
     assert done.stderr == "transformers is missing; the scripts need: pip install '.[scripts]'\n"
 
 
-# ---------------------------------------------------------------- tables and verdicts
+# ---------------------------------------------------------------- tables
 
 
 def test_the_summary_is_the_mean_over_seeds_of_the_mean_over_tasks():
@@ -608,16 +609,3 @@ def test_the_summary_is_the_mean_over_seeds_of_the_mean_over_tasks():
     ):
         line = plots.as_table(plots.summary(some)).splitlines()[-1]
         assert [cell.strip() for cell in line.strip("|").split("|")] == cells
-
-
-@pytest.mark.parametrize(("tasks", "seeds"), [(3, 3), (6, 1)])
-def test_few_tasks_or_one_seed_are_no_verdict(tasks, seeds):
-    runs = [
-        {"row": name, "task": task, "seed": seed, "test": score}
-        for name, score in (("a", 0.9), ("b", 0.1))
-        for task in range(tasks)
-        for seed in range(seeds)
-    ]
-    _, difference, said = plots.judge({"runs": runs}, "a beats b", ["a"], ["b"])
-    assert difference == "+80.0 [+80.0, +80.0] points"
-    assert said == f"no verdict: {tasks} tasks, {seeds} seed(s)"

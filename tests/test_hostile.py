@@ -166,8 +166,11 @@ def test_a_base_that_is_no_linear_is_refused(method, base):
 
 
 @every
-def test_an_input_of_another_width_is_refused(method):
-    refused(lambda: layer_of(method)(torch.ones(2, 7)), r"x.* \(2, 7\).*want .*6")
+def test_an_input_that_does_not_fit_is_refused(method):
+    layer = layer_of(method)
+    refused(lambda: layer(torch.ones(2, 7)), r"x.* \(2, 7\).*want .*6")
+    refused(lambda: layer(torch.ones(())), r"x.* \(\).*want .*6")
+    refused(lambda: layer([[1.0] * 6]), "x.* list.*want a tensor|x: found list, want .*6")
 
 
 # ----------------------------------------------------------------------- bases that are not plain
@@ -239,8 +242,7 @@ def test_a_base_with_its_own_forward_is_called_and_no_layer_of_its_model_is_merg
     model = nn.ModuleList([nn.Linear(6, 5, dtype=F64), Doubled(6, 5, dtype=F64)])
     layers = adapt(method, model, ["0", "1"])
     close(model[1](x), answer(model[1], x), 1000 * EPS)
-    front = "" if method is eigenlorax else "^1: "  # the name of the layer
-    refused(lambda: method.merge(model), f"{front}.*Doubled.* forward", TypeError)
+    refused(lambda: method.merge(model), "^1: .*Doubled.* forward", TypeError)
     assert [*model] == [*layers.values()]
 
 
@@ -403,11 +405,9 @@ HRA_ERRORS = [
     (lambda: hra.gram_schmidt(U.to(torch.float8_e4m3fn)), "U: found torch.float8_e4m3fn .*, want"),
     (lambda: hra.chain(U.numpy()), "U: found ndarray, want a tensor"),
     (lambda: reflect(x, U[:, 0]), r"U: found torch.float64 of shape \(6,\), want floats \(d, r\)"),
-    (lambda: reflect(torch.ones(()), U), r"x: found torch.float32 of shape \(\), want .* d = 6"),
     (lambda: reflect(x.long(), U), "x: found torch.int64 of shape .*, want floats .* d = 6"),
     (lambda: reflect(x + 1j, U), "x: found torch.complex128"),
     (lambda: reflect(x.numpy(), U), "x: found ndarray, want a tensor"),
-    (lambda: reflect([[1.0] * 6], U), "x: found list, want a tensor"),
     (lambda: HRAConv2d(nn.Conv2d(4, 4, 3, groups=2)), "base.groups: found 2, want 1"),
     (lambda: HRAConv2d(conv())(IMAGE.mT[:, :2]), r"x: found \(1, 2, 5, 5\), want \(…, 3, "),
     (lambda: HRAConv2d(conv())([1.0]), r"x: found list, want \(…, 3, height, width\)"),
@@ -419,8 +419,6 @@ RESORA_ERRORS = [
     (lambda: layer_of(resora, dropout=math.nan), "dropout=nan, want a number, 0 to 1"),
     (lambda: layer_of(resora, alpha=math.inf), "alpha=inf, .*want a number"),
     (lambda: layer_of(resora, alpha=math.nan), "alpha=nan, .*want a number"),
-    (lambda: layer_of(resora)(torch.ones(())), r"x: found \(\), want \(…, 6\)"),
-    (lambda: layer_of(resora)([[1.0] * 6]), r"x: found list, want \(…, 6\)"),
     (lambda: redundancy(U, U, "cosin"), "metric: found 'cosin', want one of"),
     (lambda: redundancy(U, U, sigma=0.0), "sigma=0.0, .* want"),
     (lambda: redundancy(U, U, beta=-1.0), "beta=-1.0, .* want"),

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 import common
 import train_vit
-from figures import plots, vit_lambda
+from figures import plots
+from figures import runs as tables
 from tests.test_common import command
 
 ROOT = Path(__file__).parents[1]
@@ -491,7 +492,9 @@ def test_a_file_of_claims_saves_its_runs_but_for_adapters_that_others_need(ledge
 
 def test_the_committed_lambdas_and_rates_are_those_that_validation_chose():
     committed = json.loads((ROOT / "figures" / "vit_lambda.json").read_text())
-    assert vit_lambda.chosen(committed) == train_vit.LAMBDAS
+    scores = tables.choices(committed).items()
+    best = {tuple(name.split(", ")): tables.best(found) for name, found in scores}
+    assert best == train_vit.LAMBDAS
     tuned = json.loads((ROOT / "figures" / "vit_tune.json").read_text())
     best = {name: max(scores, key=scores.get) for name, scores in tuned["validation"].items()}
     assert {name: float(rate) for name, rate in best.items()} == train_vit.LEARNING_RATES["digits"]
