@@ -331,7 +331,7 @@ def test_E10_only_coefficients_train_and_there_are_so_many(layers, shapes, K, r,
     trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     assert set(trained) == {f"{name}.alpha_{side}.0" for name in subspaces for side in "AB"}
     close(sum(trained.values()), wanted, 0)
-    uneven = Subspace(directions(torch.empty(3, 9)), directions(torch.empty(5, 7)))
+    uneven = Subspace(directions(torch.eye(3, 9)), directions(torch.eye(5, 7)))
     module = EigenLoRAxLinear(nn.Linear(9, 7), uneven, rank=2, tasks=4)
     close(sum(p.numel() for p in module.parameters() if p.requires_grad), 4 * (3 + 5) * 2, 0)
 

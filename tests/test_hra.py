@@ -188,6 +188,10 @@ def test_H8_strict_is_one_reflection_of_a_subspace(d, r, seed):
     assert ((Q.T @ U).diagonal() > 0).all()  # Gram–Schmidt's signs, and its order
     close((Q.T @ U).tril(-1), 0 * eye(r), 20 * d * EPS * U.norm(dim=0).max())
 
+    for decades in (18, 28):  # lengths whose squares overflow
+        single = gram_schmidt(spread(seed, d, r, F32, decades))
+        close(single.T @ single, eye(r), 20 * d * eps(F32))
+
     H = fast_H(m.normals())  # the normals are Q here
     close(H, eye(d) - 2 * Q @ Q.T, 40 * d * EPS)
     close(H, H.T, 40 * d * EPS)
