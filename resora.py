@@ -16,7 +16,7 @@ to the loss how alike these maps are:
 
     layers = adapt(model, ["q_proj", "v_proj"], rank=8)  # or a model with PEFT's LoRA
     regularizer = ReSoRA(model)
-    loss = task_loss(model(x)) + 0.1 * regularizer.penalty()  # in each step, after the forward
+    loss = task_loss(model(x)) + 1.0 * regularizer.penalty()  # in each step, after the forward
     regularizer.remove()  # after training
     merge(model)  # plain Linears again
 
