@@ -840,11 +840,12 @@ def check_factors(B: Tensor, S: Tensor) -> None:
 
 
 def check_gauge(B: Tensor, A: Tensor, x: Tensor | None) -> None:
-    """Raise ValueError unless B (o, r), A (r, d) and x (…, d), not empty, are finite and fit."""
+    """Raise ValueError unless B (o, r), A (r, d), x (…, d) fit, are finite and are not empty."""
     given = [B, A] if x is None else [B, A, x]
     fit = B.dim() == A.dim() == 2 and B.shape[1] == len(A)
-    fit = fit and given[-1].shape[-1:] == A.shape[1:] and (x is None or x.numel() > 0)
-    if not fit or not all(X.dtype in FLOATS and X.isfinite().all() for X in given):
+    fit = fit and given[-1].shape[-1:] == A.shape[1:]
+    fit = fit and all(X.dtype in FLOATS and X.numel() for X in given)
+    if not fit or not all(X.isfinite().all() for X in given):
         found = [(tuple(X.shape), X.dtype) for X in given]
         raise ValueError(f"B, A, x: found {found}, want finite floats (o, r), (r, d), (…, d)")
 

@@ -211,7 +211,7 @@ def test_regauge(data):
     r, d = data.draw(SIZE), data.draw(SIZE)
     B, A, x = (data.draw(tensors(*shape)) for shape in ((data.draw(SIZE), r), (r, d), (4, d)))
     fits = B.dim() == A.dim() == 2 and B.shape[1] == len(A) and x.shape[-1:] == A.shape[1:]
-    fits = fits and x.numel() > 0 and all(X.dtype in DTYPES and finite(X) for X in (B, A, x))
+    fits = fits and all(X.dtype in DTYPES and X.numel() and finite(X) for X in (B, A, x))
 
     def correct(B_new, A_new):
         size = r * wide(B).abs().max() * wide(A).abs().max()

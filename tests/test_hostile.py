@@ -435,6 +435,7 @@ RESORA_ERRORS = [
     (lambda: regauge(torch.ones(5), torch.ones(2, 6)), "found .* want finite floats"),
     (lambda: regauge(*pair(), torch.ones(7, 5)), "found .* want finite floats"),
     (lambda: regauge(*pair(), torch.ones(0, 6)), "found .* want finite floats"),
+    (lambda: regauge(torch.ones(0, 2), torch.ones(2, 6)), "found .* want finite floats"),
     (lambda: regauge(*pair(value=math.nan)), "found .* want finite floats"),
     (lambda: regauge(torch.ones(5, 2), IDS.expand(2, 3)), "found .* want finite floats"),
     (lambda: ReSoRA(nn.Linear(3, 3)), "found no LoRALinear and no PEFT LoRA in Linear"),
