@@ -98,7 +98,10 @@ SWEEPS = {  # table: [(what varies, (field, title), {line: {value: row}})]
         ("noise in the adapters, in % of their rms", NEW, {"recycled": BY_NOISE}),
     ],
 }
-BESIDE = {"hra": ("LoRA r=4", "OFT", "BOFT"), "eigenlorax-ablation": ("LoRA r=4", "VeRA")}
+BESIDE = {
+    "hra": ("LoRA r=1", "LoRA r=2", "LoRA r=4", "OFT", "BOFT"),
+    "eigenlorax-ablation": ("LoRA r=4", "VeRA"),
+}
 DASHES = ("-", "--", ":")
 
 
