@@ -127,6 +127,7 @@ def draw_sweeps(data: dict, panels: list[tuple], beside: tuple[str, ...]):
     share = "row" if len({measured for _, measured, _ in panels}) == 1 else "none"
     figure, axes = plots.canvas(2.9 * lines + 0.3, lines, columns, sharey=share, squeeze=False)
     names, shades = [], colours(data)
+    beside = [row for row in beside if row in shades]  # each script has its own
     for axis, (varied, (field, title), curves) in zip(axes.flat, panels, strict=True):
         ends = draw_curves(axis, data, field, curves)
         for row in beside:
