@@ -22,6 +22,8 @@ def table(folder: Path) -> subprocess.Popen:
     folder.mkdir(exist_ok=True)
     pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     launch = [sys.executable, SCRIPT, *options]
+    # What a shell starts in the background ignores Ctrl-C, and so would its children.
+    pipes["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     return subprocess.Popen(launch, cwd=folder, start_new_session=True, **pipes)
 
 

@@ -521,6 +521,7 @@ def test_the_quick_demo_runs_as_a_user_runs_it(tmp_path):
 def test_a_real_backbone_and_real_images(tmp_path):
     places = dict(backbone=f"{REAL}/models/dinov2-small-focus", data=f"{REAL}/cifar100")
     sizes = dict(subsets=2, classes=3, images=18, validation=6, epochs=4, seeds=1, batch_size=9)
+    sizes["components"] = 4  # the one other adapter has no more directions
     others = (f"{REAL}/caltech101",)
     asked = config(table="claims", **places, **sizes, others=others, runs=str(tmp_path))
     ledger = train_vit.Ledger(asked)
