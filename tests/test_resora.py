@@ -317,7 +317,7 @@ def test_R12_linear_and_nonlinear_train_A_alone(seed, N, r, metric):
             assert all(B.grad is None for _, B in trained)
             trained = [(A,) for A, _ in trained]
         for p in (p for factors in trained for p in factors):
-            assert p.grad.isfinite().all()
+            assert p.grad is not None and p.grad.isfinite().all()
             close(p.grad.ne(0).any().item(), metric in CENTRED or filled, 0)
 
 
