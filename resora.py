@@ -24,9 +24,9 @@ The paper has four kinds of R. Three facts about them, each shown below:
   - linear (the default) and nonlinear depend on the codes alone. They train A and give the B of the
     same layer no gradient at all; euclidean and cosine train both, but do nothing while B = 0.
   - cosine and linear exclude no ΔW. Every ΔW has factors for which cosine is 0 on all inputs, and
-    linear on one given set of them; `regauge` computes these. (On
-    other inputs like these linear is then about as small as chance lets it be.) What they change is
-    the path of training. Nonlinear does exclude some ΔW.
+    linear on one given set of them; `regauge` computes these. (On other inputs like these linear is
+    then about as small as chance lets it be.) What they change is the path of training. Nonlinear
+    does exclude some ΔW.
   - euclidean falls when all components grow and cancel each other. Watch ‖Bᵢ‖ or use weight decay.
 
 What differs from the paper. We had only its abstract and two summaries, not its equations; a
